@@ -1,0 +1,24 @@
+"""Fixtures that every test may ask for. What a test needs to read, it opens itself, from tests/support.py."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from support import NatsServer, nats_server
+
+
+@pytest.fixture
+async def nats(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    """A real nats-server with JetStream, for this test alone."""
+    async with nats_server(tmp_path / "nats") as server:
+        yield server
+
+
+@pytest.fixture
+async def core_nats(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    """A real nats-server without JetStream, for this test alone."""
+    async with nats_server(tmp_path / "nats", jetstream=False) as server:
+        yield server
