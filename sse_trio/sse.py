@@ -46,7 +46,7 @@ _FORBIDDEN = re.compile(r"[\r\n\0]")
 _NOTIFICATION = "notifications/resources/updated"
 
 compact = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
-"""An object as one line of compact ASCII JSON; ValueError for NaN and Infinity, TypeError for no JSON at all."""
+"""An object as one line of compact ASCII JSON; ValueError for NaN, TypeError for what JSON does not have."""
 
 
 def encode(event: str, data: str, *, id: str | None = None, retry: int | None = None) -> bytes:  # noqa: A002
