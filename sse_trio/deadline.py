@@ -1,0 +1,210 @@
+"""A socket stream whose writes end: a peer that takes nothing for too long is cut off.
+
+Strategy: Hypercorn writes inside a shield without a deadline, so no timeout around it can fire. This stream is put
+below Hypercorn (and below TLS) and brings the deadline along. What counts is time without progress, and progress is
+either that the kernel took bytes or that its send queue grew shorter: a slow reader keeps a socket unwritable for
+long, because the kernel waits for a third of the buffer to become free, and still it reads. The kernel is asked every
+`STEP` seconds at the latest, and only while a write is blocked; a write that is not blocked costs nothing extra.
+
+Once the server is stopping, the peer gets `STOPPING` seconds in all, progress or not: a shutdown is bounded.
+A peer that is cut off gets an RST, so that the kernel frees its buffer at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import socket
+import struct
+import termios
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+import trio
+
+__all__ = ["STOPPING", "DeadlineStream", "Stopping"]
+
+Answer = TypeVar("Answer")
+
+STOPPING = 2.0
+"""Seconds that a peer may hold up a server that is stopping."""
+
+STEP = 0.5
+"""Seconds between two looks at a blocked peer, at most; a quarter of the timeout where that is less."""
+
+SEND_BUFFER = 64 * 1024
+"""What the kernel is asked to hold at most for a peer that does not read (Linux doubles it, for its bookkeeping)."""
+
+
+class Stopping(Protocol):
+    """An event that says when the server begins to stop; trio's and Hypercorn's events are such."""
+
+    def is_set(self) -> bool: ...
+
+    async def wait(self) -> object: ...
+
+
+class DeadlineStream(trio.abc.HalfCloseableStream):
+    """A `trio.SocketStream` whose sends fail with `trio.BrokenResourceError` after `timeout` s without progress.
+
+    Reading, closing and half-closing are the socket stream's own. `stalled` tells afterwards that the peer was cut
+    off for taking nothing.
+    """
+
+    __slots__ = ("_eof", "_sending", "_stop_at", "stalled", "stopping", "stream", "timeout")
+
+    def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
+        self.stream = stream
+        self.timeout = timeout
+        self.stopping = stopping
+        self.stalled = False
+        self._stop_at = math.inf
+        self._sending = False
+        self._eof = False
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The trio socket."""
+        return self.stream.socket
+
+    def bound_kernel(self) -> None:
+        """Bound what the kernel holds for this peer, and for how long it tries to reach one that has vanished."""
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # Not a TCP socket: nobody can vanish without the kernel knowing.
+            with suppress(OSError):
+                milliseconds = math.ceil(self.timeout * 1000)
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def unsent(self) -> int | None:
+        """Bytes that the kernel holds because the peer has not taken them; None where it does not say."""
+        try:
+            return int(
+                struct.unpack("i", fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+            )
+        except (OSError, ValueError):
+            return None
+
+    async def patiently(
+        self, wait: Callable[[], Awaitable[Answer]], left: Callable[[], int | None]
+    ) -> Answer:
+        """What `wait()` returns, given time while `left()` shrinks.
+
+        Raises:
+            trio.BrokenResourceError: `left()` has not shrunk for `timeout` seconds, or the server has been stopping
+                for `STOPPING` seconds. Nothing has been done to the peer.
+
+        `wait` is cancelled and called again every now and then, so cancelling it must lose nothing.
+        """
+        moved_at = trio.current_time()
+        before = left()
+        while True:
+            patience = min(self.timeout, STOPPING) if self.stopping.is_set() else self.timeout
+            look_at = min(
+                trio.current_time() + min(STEP, self.timeout / 4), moved_at + patience, self._stop_at
+            )
+            with trio.move_on_at(look_at):
+                return await wait()
+            now = trio.current_time()
+            after = left()
+            if before is not None and after is not None and after < before:
+                moved_at = now
+            before = after
+            if self.stopping.is_set():
+                patience = min(self.timeout, STOPPING)
+                self._stop_at = min(self._stop_at, now + STOPPING)
+            if now >= min(moved_at + patience, self._stop_at):
+                self.stalled = True
+                raise trio.BrokenResourceError("the peer takes nothing")
+
+    def send_now(self, data: bytes | bytearray | memoryview) -> int:
+        """The number of bytes of `data` that the kernel took without waiting; 0 when it has no room.
+
+        Raises:
+            trio.BrokenResourceError: the peer is gone.
+            trio.ClosedResourceError: the stream was closed on this side.
+        """
+        descriptor = (
+            self.socket.fileno()
+        )  # asked each time: the number of a closed one may be another connection's
+        if descriptor < 0 or self._eof:
+            raise trio.ClosedResourceError("the stream was closed")
+        try:
+            return os.write(descriptor, data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
+
+    async def send_some(self, data: bytes | bytearray | memoryview) -> int:
+        """The number of bytes of `data`, at least one, that the kernel took, waiting for room.
+
+        Cancelled, none of them were taken. A peer that takes nothing for too long is cut off.
+        """
+        if sent := self.send_now(data):
+            return sent
+
+        async def wait() -> int:
+            while True:
+                await trio.lowlevel.wait_writable(self.socket.fileno())
+                if sent := self.send_now(data):
+                    return sent
+
+        try:
+            return await self.patiently(wait, self.unsent)
+        except trio.BrokenResourceError:
+            self.abort()
+            raise
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await trio.lowlevel.checkpoint()
+            self.send_now(b"")  # raises on a closed stream, also when there is nothing to send
+            with memoryview(data) as view:
+                sent = 0
+                while sent < len(view):
+                    with view[sent:] as rest:
+                        sent += await self.send_some(rest)
+        finally:
+            self._sending = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await self.stream.wait_send_all_might_not_block()
+        finally:
+            self._sending = False
+
+    async def wait_writable(self) -> None:
+        """Wait until the kernel has room; a peer that takes nothing for too long is cut off."""
+        try:
+            await self.patiently(self.stream.wait_send_all_might_not_block, self.unsent)
+        except trio.BrokenResourceError:
+            self.abort()
+            raise
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self.stream.receive_some(max_bytes)
+
+    async def send_eof(self) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._eof = True
+        await self.stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+    def abort(self) -> None:
+        """Close at once, with an RST: what the kernel still held for the peer is dropped, and it learns of it."""
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
