@@ -58,6 +58,7 @@ _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?"
     r"([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 )
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]*")
 
 
@@ -189,7 +190,7 @@ def parse(payload: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InvalidDiscovery("encoding", f"not UTF-8: {error.reason} at byte {error.start}") from None
     except UnicodeEncodeError:
-        raise InvalidDiscovery("encoding", "a lone surrogate is no character") from None
+        raise _lone_surrogate(value) from None
     except json.JSONDecodeError as error:
         raise InvalidDiscovery("json", f"not JSON: {error}") from None
     except _NotANumber as error:
@@ -207,6 +208,18 @@ def parse(payload: bytes) -> dict[str, Any]:
 
 
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+
+
+def _lone_surrogate(value: Any) -> InvalidDiscovery:
+    message = "a lone surrogate is no character"
+    fields = value.items() if isinstance(value, dict) else ()
+    named = [
+        {"field": name, "message": message}
+        for name, text in fields
+        if name in _Fields.model_fields and isinstance(text, str) and _SURROGATE.search(text)
+    ]
+    where = f" ({', '.join(error['field'] for error in named)})" if named else ""
+    return InvalidDiscovery("encoding", f"{message}{where}", named or None)
 
 
 class _NotANumber(ValueError):
