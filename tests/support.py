@@ -247,10 +247,15 @@ async def run_server(
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / f"server-{port}.log"
     if command is None:
-        command = (str(BIN / "hypercorn"), "sse_trio.app:app", "--worker-class", "trio", "-b", f"127.0.0.1:{port}")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SSE_", "NATS_", "LOG_"))
-    }
+        command = (
+            str(BIN / "hypercorn"),
+            "sse_trio.app:app",
+            "--worker-class",
+            "trio",
+            "-b",
+            f"127.0.0.1:{port}",
+        )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SSE_", "NATS_", "LOG_"))}
     environment |= {"NATS_URL": nats_url, "PYTHONUNBUFFERED": "1"} | dict(env or {})
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -260,7 +265,9 @@ async def run_server(
     try:
         if wait:
             await eventually(
-                lambda: _answers(server), f"the server answers on port {port}\n{server.output}", within=2 * WITHIN
+                lambda: _answers(server),
+                f"the server answers on port {port}\n{server.output}",
+                within=2 * WITHIN,
             )
         yield server
     finally:

@@ -1,0 +1,363 @@
+"""Who is listening, and giving each of them what they ask for.
+
+Strategy: `publish` is one synchronous step: the events go into history, the head moves, and a round begins in which
+every live client is offered what its audience (the clients with its filter) shall hear, joined once per audience.
+A round over thousands of sockets takes longer than the event loop may stand still, so it is served in slices: the feed
+calls `deliver` until it says False, and lets others run in between. A round is always finished before the next begins.
+
+Why nothing is lost or doubled: a client joins with its place fixed at the head (or at its cursor) in one block without
+an await, and a round goes to exactly those who were live when it began. Who is not live reads history at its own pace,
+and steps back onto the live path in one such block, when its place is the head.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import trio
+
+from sse_trio import sse
+from sse_trio.client import EVERYTHING, Client, Filter
+from sse_trio.discovery import Discovery
+from sse_trio.history import Batch, Frame, History, event_id, parse_event_id
+from sse_trio.settings import Settings
+
+__all__ = ["Broadcaster", "Event", "Latency"]
+
+Event = tuple[int, str, Discovery]
+"""Sequence, NATS subject, discovery."""
+
+SLICE = 100
+"""Clients that are served before others may run: about a millisecond of writes."""
+
+
+class Latency:
+    """A histogram of the time from NATS to the socket, counted per delivered event."""
+
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+    """Upper bounds of the buckets, in seconds."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float, events: int) -> None:
+        self.counts[bisect_left(self.BOUNDS, seconds)] += events
+        self.sum += seconds * events
+
+
+class Audience:
+    """The clients with one filter, and how many events they have been given together."""
+
+    __slots__ = ("clients", "filter", "matched")
+
+    def __init__(self, filter: Filter) -> None:
+        self.filter = filter
+        self.clients: dict[Client, None] = {}
+        self.matched = 0
+
+
+class Broadcaster:
+    """The registry of clients, and the recent history that they read from."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.history = History(settings.history, settings.history_bytes)
+        self.clients: dict[str, Client] = {}
+        self.live = False
+        """Whether the feed has ever been live: before that there is no head to be at."""
+        self.durable = False
+        """Whether what history has forgotten can be read from the stream."""
+        self.stopping: sse.GoodbyeReason | None = None
+        self.latency = Latency()
+        self.connects = 0
+        self.disconnects: Counter[str] = Counter()
+        self.gaps: Counter[str] = Counter()
+        self.published = 0
+        self.past: Counter[str] = Counter()
+        """What clients that have left had been sent, had dropped; `/metrics` adds those who are here."""
+        self._audiences: dict[Filter, Audience] = {}
+        self._round: Iterator[tuple[Client, Batch]] = iter(())
+        self._received_at = 0.0
+        self._settled = 0
+        self._waiting_for_head: set[Client] = set()
+
+    # -- the feed's side: synchronous, never raises because of a client ----------------------------------------------
+
+    @property
+    def epoch(self) -> str | None:
+        return self.history.epoch
+
+    @property
+    def head(self) -> int:
+        return self.history.head
+
+    @property
+    def head_id(self) -> str | None:
+        """The id of the newest event; None while the feed has not been live."""
+        return event_id(self.history.epoch, self.head) if self.live and self.history.epoch is not None else None
+
+    @property
+    def settled(self) -> int:
+        """The head that every live client has been offered everything up to."""
+        return self._settled
+
+    def open_epoch(self, epoch: str, head: int, *, durable: bool = False) -> None:
+        """Begin an incarnation of the feed whose events will have sequences above `head`.
+
+        With `durable` the feed can be asked for what history has forgotten. Clients of another incarnation get a
+        `gap` (`restart`) after what they still hold, and go on from `head`.
+        """
+        self._finish_round()
+        self.durable = durable
+        if durable:
+            # The seam between the stream and the live path needs one buffer's worth of overlap.
+            self.history.max_events = max(self.settings.history, self.settings.buffer)
+            self.history.max_bytes = max(self.settings.history_bytes, 1 << 20)
+        self.history.open(epoch, head)
+        self._settled = head
+        if self.live:
+            for client in self.clients.values():
+                client.live = False
+                client.due = "restart"
+                client.position = client.told = head
+                client.accounted = self._audiences[client.filter].matched
+                client.wake()
+
+    def go_live(self) -> None:
+        """The feed is live: who came before it without a cursor hears everything from now on."""
+        if self.live:
+            return
+        self.live = True
+        self._settled = self.head
+        for client in self.clients.values():
+            if client.cursor is None:
+                client.told = self.head
+                client.live = client.ending is None
+            else:
+                client.wake()  # its task finds out what the cursor is worth
+
+    def publish(self, events: Sequence[Event], head: int | None = None, *, received_at: float = 0.0) -> None:
+        """Add the events to history and offer them to the clients; call `deliver` until it says False.
+
+        Sequences ascend; `head` is where the feed stands after them (messages that are no events move it too).
+        `received_at` is the `time.perf_counter()` of their arrival. Before `go_live` nobody is offered anything.
+        """
+        epoch = self.history.epoch
+        assert epoch is not None, "open_epoch comes before publish"
+        limit = self.settings.buffer
+        for start in range(0, len(events), limit):
+            self._finish_round()
+            frames = [Frame.of(epoch, *event, received_at) for event in events[start : start + limit]]
+            self.published += len(frames)
+            self._begin_round(frames, received_at)
+        if head is not None and head > self.head:
+            self._finish_round()
+            self.history.advance(head)
+            self._settled = self.head
+            self._wake_those_ahead()
+
+    def gap(self, reason: sse.GapReason, sequence: int) -> None:
+        """Put a notice at `sequence`, above the head: everybody who passes it is told that events are missing there."""
+        epoch = self.history.epoch
+        assert epoch is not None, "open_epoch comes before gap"
+        self._finish_round()
+        self._begin_round([Frame.notice(epoch, sequence, reason)], time.perf_counter())
+        self._finish_round()
+
+    def _begin_round(self, frames: list[Frame], received_at: float) -> None:
+        for frame in frames:
+            self.history.append(frame)
+        self._received_at = received_at
+        self._round = self._pairs(self._batches(frames)) if self.live else iter(())
+        if self._waiting_for_head:
+            self._wake_those_ahead()
+        if not self.live:
+            self._settled = self.head
+        else:
+            self.deliver()
+
+    def _batches(self, frames: list[Frame]) -> list[tuple[Batch, tuple[Client, ...]]]:
+        """What each audience shall hear, and who is in it now; a client that comes later is at the head already."""
+        batches = []
+        for audience in self._audiences.values():
+            heard = frames
+            if not audience.filter.is_open:
+                heard = [frame for frame in frames if audience.filter.matches(frame)]
+            if heard:
+                batch = Batch(heard, full=audience.filter.full, before=audience.matched)
+                audience.matched += len(heard)
+                batches.append((batch, tuple(audience.clients)))
+        return batches
+
+    @staticmethod
+    def _pairs(batches: list[tuple[Batch, tuple[Client, ...]]]) -> Iterator[tuple[Client, Batch]]:
+        for batch, clients in batches:
+            for client in clients:
+                yield client, batch
+
+    def deliver(self) -> bool:
+        """Serve the next slice of the round; whether some clients still wait for theirs."""
+        now = trio.current_time()
+        served = written = 0
+        for client, batch in islice(self._round, SLICE):
+            served += 1
+            written += client.offer(batch, now)
+        if written and self._received_at:
+            self.latency.observe(time.perf_counter() - self._received_at, written)
+        if served == SLICE:
+            return True
+        self._settled = self.head
+        return False
+
+    def _finish_round(self) -> None:
+        while self.deliver():
+            pass
+
+    def _wake_those_ahead(self) -> None:
+        for client in [client for client in self._waiting_for_head if client.position <= self.head]:
+            self._waiting_for_head.discard(client)
+            client.wake()
+
+    def drain(self, reason: sse.GoodbyeReason) -> None:
+        """End every stream with a goodbye; who comes after this gets one at once."""
+        self.stopping = reason
+        for client in self.clients.values():
+            client.end(reason)
+
+    # -- the streams' side -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def subscribe(
+        self,
+        agent_id: str,
+        filter: Filter = EVERYTHING,
+        *,
+        cursor: str | None = None,
+        address: str = "",
+    ) -> Iterator[Client]:
+        """A client that is in the registry exactly while the block runs.
+
+        Synchronous from the first line to the last: cancellation has nowhere to land in it. Without a `cursor` the
+        client is live at once (as soon as the feed is); with one, see `resolve`.
+        """
+        client = Client(
+            agent_id, filter, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
+        )
+        client.lagging_on_history = self.durable or self.settings.history > 0
+        client.wrote_at = trio.current_time()
+        client.cursor = cursor
+        audience = self._audiences.get(filter)
+        if audience is None:
+            audience = self._audiences[filter] = Audience(filter)
+        audience.clients[client] = None
+        self.clients[client.id] = client
+        self.connects += 1
+        client.accounted = audience.matched
+        if self.live:
+            client.position = self.head
+            if cursor is None:
+                client.told = self.head
+                client.live = True
+            else:
+                self.resolve(client)
+        if self.stopping is not None:
+            client.end(self.stopping)
+        try:
+            yield client
+        finally:
+            self._waiting_for_head.discard(client)
+            del self.clients[client.id]
+            del audience.clients[client]
+            if not audience.clients:
+                del self._audiences[filter]
+            client.close()
+            self.past["sent"] += client.sent
+            self.past["dropped"] += client.dropped
+            self.past["high_water"] = max(self.past["high_water"], client.high_water)
+
+    def resolve(self, client: Client, bounds: tuple[int, int] | None = None) -> None:
+        """Find out what the client's cursor is worth, and put the client at its place.
+
+        Clears `client.cursor` and sets `client.resumed`, `position` and the gap that is `due` once that is known: at
+        once where history holds the place, else with the stream's `bounds` (first and last sequence).
+        """
+        assert client.cursor is not None
+        parsed = parse_event_id(client.cursor)
+        if parsed is None or parsed[0] != self.history.epoch:
+            self._settle_cursor(client, self.head, "restart")
+            return
+        sequence = parsed[1]
+        if self.history.floor <= sequence <= self.head:
+            self._settle_cursor(client, sequence)
+        elif not self.durable and sequence > self.head:
+            self._settle_cursor(client, self.head, "restart")
+        elif not self.durable:
+            self._settle_cursor(client, self.history.floor, "expired")
+        elif bounds is not None:
+            first, last = bounds
+            if sequence > max(last, self.head):
+                self._settle_cursor(client, self.head, "restart")
+            elif sequence < first - 1:
+                # Not at the memory's floor: the stream may hold what lies between.
+                self._settle_cursor(client, first - 1, "expired")
+            else:
+                self._settle_cursor(client, sequence)
+
+    def _settle_cursor(self, client: Client, position: int, due: sse.GapReason | None = None) -> None:
+        client.cursor = None
+        client.resumed = due is None
+        client.due = due
+        client.position = client.told = position
+        client.accounted = self._audiences[client.filter].matched - self._heard_after(client)
+        client.live = position == self.head and due is None and client.ending is None
+
+    def _heard_after(self, client: Client) -> int:
+        """How many frames in memory behind the client's place are for it."""
+        if self.durable:
+            return 0  # nothing is ever counted as missed where the stream can be read
+        frames = self.history.after(client.position, self.history.max_events)
+        return len(frames) if client.filter.is_open else sum(map(client.filter.matches, frames))
+
+    def read(self, client: Client, limit: int) -> list[Frame]:
+        """What history holds for a client off the live path, at most `limit` frames scanned; it moves on past them.
+
+        When that reaches the head the client is live again from the same moment. Nothing for a client that is behind
+        history (see `is_behind`) or ahead of the head (it is woken when the head gets there).
+        """
+        if client.position > self.head:
+            self._waiting_for_head.add(client)
+            return []
+        frames = self.history.after(client.position, limit)
+        client.position = frames[-1].sequence if len(frames) == limit else self.head
+        if client.position == self.head:
+            client.live = client.ending is None
+        heard = frames if client.filter.is_open else [frame for frame in frames if client.filter.matches(frame)]
+        client.accounted += len(heard)
+        return heard
+
+    def is_behind(self, client: Client) -> bool:
+        """Whether history no longer holds what this client needs next."""
+        return client.position < self.history.floor
+
+    def skip(self, client: Client) -> int | None:
+        """Put a client that is behind at the oldest place that history holds; how many events it missed.
+
+        None where that cannot be known: a notice of unknown loss lies in the hole.
+        """
+        hides_notice = client.position < self.history.last_notice <= self.history.floor
+        client.position = self.history.floor
+        client.told = client.position
+        counted = self._audiences[client.filter].matched - client.accounted - self._heard_after(client)
+        client.accounted += counted
+        client.dropped += counted
+        return None if hides_notice else counted
+
+    def __repr__(self) -> str:
+        state = "live" if self.live else "not live"
+        return f"<Broadcaster {len(self.clients)} clients, {state}, {self.history!r}>"

@@ -1,0 +1,44 @@
+"""Logging, set up once by whoever owns the process: structured lines on standard error.
+
+Strategy: everything is logged through structlog under a name of ours; a library that embeds the app keeps its own
+configuration, because nothing here runs at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+from sse_trio.settings import Settings
+
+__all__ = ["configure_logging"]
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send every line at or above `LOG_LEVEL` to standard error, as JSON or for people (`LOG_FORMAT`)."""
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    renderer: structlog.typing.Processor
+    if as_json:
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info if as_json else _keep,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(settings.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _keep(
+    logger: structlog.typing.WrappedLogger, name: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    return event  # the console renderer prints tracebacks itself
