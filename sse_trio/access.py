@@ -99,14 +99,13 @@ class Access:
         self._limits = Limits(settings, timer=timer, max_connections=max_connections)
         self.authenticates = settings.jwt_secret is not None or settings.jwt_jwks is not None
         self._tokens = Tokens(settings, clock) if self.authenticates else None
-        self._hosts = (
-            None if "*" in settings.allowed_hosts else [_allowed_host(h) for h in settings.allowed_hosts]
-        )
+        self._hosts = None if "*" in settings.allowed_hosts else [_allowed_host(h) for h in settings.allowed_hosts]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the JWKS fresh, for ever; returns at once where there is none."""
         if self._tokens is None or self._tokens.keys is None:
             task_status.started()
+            await trio.lowlevel.checkpoint()
             return
         await self._tokens.keys.run(task_status=task_status)
 
@@ -118,8 +117,7 @@ class Access:
             return
         parts = split_host(host) if host else None
         if parts is None or not any(
-            (name == parts[0] or (name.startswith("*.") and parts[0].endswith(name[1:])))
-            and port in (None, parts[1])
+            (name == parts[0] or (name.startswith("*.") and parts[0].endswith(name[1:]))) and port in (None, parts[1])
             for name, port in self._hosts
         ):
             raise Refused(403, "Forbidden", "this server does not answer to that Host")
@@ -161,9 +159,7 @@ class Access:
             headers["Access-Control-Allow-Origin"] = "*"
         return headers
 
-    def preflight_headers(
-        self, origin: str | None, methods: Iterable[str] = ("GET", "HEAD")
-    ) -> dict[str, str]:
+    def preflight_headers(self, origin: str | None, methods: Iterable[str] = ("GET", "HEAD")) -> dict[str, str]:
         """The answer to a preflight; without an allowed Origin it allows nothing."""
         headers = self.cors_headers(origin)
         if "Access-Control-Allow-Origin" in headers:
@@ -176,9 +172,7 @@ class Access:
 
     # Who it is
 
-    async def authenticate(
-        self, headers: HeaderFields, *, method: str, secure: bool, local: bool = False
-    ) -> Grant:
+    async def authenticate(self, headers: HeaderFields, *, method: str, secure: bool, local: bool = False) -> Grant:
         """What the sender of this request may do.
 
         A token comes as `Authorization: Bearer`, or, for GET, as a cookie; the header wins, and a bad token
@@ -221,9 +215,7 @@ class Access:
                 return token
         raise unauthorized("a token is needed")
 
-    def is_local(
-        self, peer: str | None, host: str | None, headers: HeaderFields, origin: str | None = None
-    ) -> bool:
+    def is_local(self, peer: str | None, host: str | None, headers: HeaderFields, origin: str | None = None) -> bool:
         """Whether somebody on this machine asks directly: loopback peer and Host, nobody in between, no
         other origin.
 
@@ -237,9 +229,7 @@ class Access:
             return False
         if headers.get("Sec-Fetch-Site") not in {None, "same-origin", "none"}:
             return False
-        return (
-            origin is None or _is_same_origin(origin, host, "http") or _is_same_origin(origin, host, "https")
-        )
+        return origin is None or _is_same_origin(origin, host, "http") or _is_same_origin(origin, host, "https")
 
     def client_address(self, peer: str, headers: HeaderFields) -> str:
         """The address of the client itself: the right-most one that is not of a trusted proxy.

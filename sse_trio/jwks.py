@@ -126,6 +126,9 @@ class KeySet:
         self._fetched = trio.Event()
         self._last_fetch = float("-inf")
         self._failing = False
+        self._running = False
+        # A file system that hangs costs one thread, not one at every attempt.
+        self._limiter = trio.CapacityLimiter(1)
         if self._url is None:
             try:
                 self.keys = parse_keys(self._read_file())
@@ -145,38 +148,45 @@ class KeySet:
 
         Errors: none of the source's leave here; an outage is logged once, and its end.
         """
-        await self._refresh()
-        task_status.started()
-        while True:
-            with trio.move_on_after(ASK_INTERVAL if self._failing else REFRESH_INTERVAL):
-                await self._asked.wait()
+        self._running = True
+        try:
             await self._refresh()
+            task_status.started()
+            while True:
+                with trio.move_on_after(ASK_INTERVAL if self._failing else REFRESH_INTERVAL):
+                    await self._asked.wait()
+                await self._refresh()
+        finally:
+            self._running = False
 
     async def ask(self) -> bool:
         """Have the source read again, because of a key id that is not known; whether that happened.
 
-        Waits for at most one fetch. Within `ASK_INTERVAL` of the last one the answer is False, at once.
+        Waits for at most one fetch. Within `ASK_INTERVAL` of the last one, and while nobody fetches, the
+        answer is False, at once.
         """
-        if trio.current_time() - self._last_fetch < ASK_INTERVAL:
+        if not self._running or trio.current_time() - self._last_fetch < ASK_INTERVAL:
             await trio.lowlevel.checkpoint()
             return False
         self._asked.set()
-        with trio.move_on_after(FETCH_TIMEOUT + 1) as scope:
-            await self._fetched.wait()
-        return not scope.cancelled_caught
+        await self._fetched.wait()
+        return True
 
     async def _refresh(self) -> None:
         try:
             with trio.fail_after(FETCH_TIMEOUT):
-                document = await (self._fetch() if self._url else trio.to_thread.run_sync(self._read_file))
+                if self._url is None:
+                    document = await trio.to_thread.run_sync(
+                        self._read_file, abandon_on_cancel=True, limiter=self._limiter
+                    )
+                else:
+                    document = await self._fetch(self._url)
             self.keys = parse_keys(document)
         except (KeySourceError, trio.TooSlowError) as error:
             if not self._failing:
                 self._failing = True
                 reason = str(error) or f"no answer within {FETCH_TIMEOUT:g} s"
-                log.warning(
-                    "jwks_unavailable", source=self.name, reason=reason, keys_kept=len(self.keys or ())
-                )
+                log.warning("jwks_unavailable", source=self.name, reason=reason, keys_kept=len(self.keys or ()))
         else:
             if self._failing:
                 self._failing = False
@@ -196,23 +206,26 @@ class KeySet:
             raise KeySourceError(f"it is larger than {MAX_BYTES} bytes")
         return document
 
-    async def _fetch(self) -> bytes:
-        assert self._url is not None
+    async def _fetch(self, url: str) -> bytes:
         document = bytearray()
+        accept = {"Accept": "application/jwk-set+json, application/json"}
         try:
             async with (
                 httpx.AsyncClient(timeout=FETCH_TIMEOUT) as client,
-                client.stream(
-                    "GET", self._url, headers={"Accept": "application/jwk-set+json, application/json"}
-                ) as answer,
+                client.stream("GET", url, headers=accept) as answer,
             ):
                 if answer.status_code != 200:
                     raise KeySourceError(f"it answered {answer.status_code}")
-                async for chunk in answer.aiter_bytes():
-                    document += chunk
-                    if len(document) > MAX_BYTES:
-                        raise KeySourceError(f"it is larger than {MAX_BYTES} bytes")
+                # Left by cancellation, not by an exception of ours: that would abandon httpx's nested
+                # generators.
+                with trio.CancelScope() as enough:
+                    async for chunk in answer.aiter_bytes():
+                        document += chunk
+                        if len(document) > MAX_BYTES:
+                            enough.cancel()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             # The error's own text may name the URL.
             raise KeySourceError(type(error).__name__) from None
+        if len(document) > MAX_BYTES:
+            raise KeySourceError(f"it is larger than {MAX_BYTES} bytes")
         return bytes(document)
