@@ -268,7 +268,8 @@ class Access:
         if address is None or not self._is_trusted(address):
             return False
         told = (headers.get("X-Forwarded-Proto") or "").rpartition(",")[2].strip().lower()
-        return told == "https" or "proto=https" in (headers.get("Forwarded") or "").rpartition(",")[2].lower()
+        last_hop = (headers.get("Forwarded") or "").rpartition(",")[2].replace('"', "").lower()
+        return told == "https" or "proto=https" in last_hop
 
     def _is_trusted(self, address: Address) -> bool:
         return any(address in network for network in self._settings.trusted_proxies)

@@ -38,9 +38,7 @@ class Refused(Exception):
     of theirs.
     """
 
-    def __init__(
-        self, status: int, title: str, detail: str, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, title: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(f"{status} {title}: {detail}")
         self.status = status
         self.title = title
@@ -89,7 +87,7 @@ class Limits:
         self._by_address: dict[str, int] = {}
         self._by_subject: dict[str, int] = {}
         self._refused: dict[Limit, int] = {"process": 0, "address": 0, "subject": 0, "rate": 0}
-        self._burst = float(self.max_connections or RATE_BURST)
+        self._burst = max(float(self.max_connections or RATE_BURST), self.rate)
         self._allowance = self._burst
         self._counted_at = timer()
 
@@ -139,9 +137,7 @@ class Limits:
 
     def statistics(self) -> LimitStatistics:
         """A snapshot of the counts."""
-        return LimitStatistics(
-            self._connections, len(self._by_address), len(self._by_subject), dict(self._refused)
-        )
+        return LimitStatistics(self._connections, len(self._by_address), len(self._by_subject), dict(self._refused))
 
 
 def _release(counts: dict[str, int], key: str) -> None:
