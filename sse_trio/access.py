@@ -219,11 +219,11 @@ class Access:
         """Whether somebody on this machine asks directly: loopback peer and Host, nobody in between, no
         other origin.
 
-        A proxy on this machine looks just like that unless it says that it is one, by a forwarding header or
-        by being listed in SSE_TRUSTED_PROXIES; docs/security.md says so.
+        A proxy on this machine looks just like that unless it adds a forwarding header, as docs/proxies.md makes
+        each do.
         """
         address = parse_address(peer) if peer else None
-        if address is None or not address.is_loopback or self._is_trusted(address):
+        if address is None or not address.is_loopback:
             return False
         if not is_loopback_host(host) or forwarding_header(headers.keys()):
             return False

@@ -269,9 +269,10 @@ def test_only_who_asks_directly_on_this_machine_is_local(
     assert access().is_local(peer, host, headers(**fields), fields.get("Origin")) is expected
 
 
-def test_a_proxy_that_is_listed_is_never_local() -> None:
-    assert not access(TRUSTED_PROXIES="127.0.0.1").is_local("127.0.0.1", "localhost", headers())
-    assert not access(TRUSTED_PROXIES="127.0.0.0/8").is_local("::ffff:127.0.0.1", "localhost", headers())
+def test_a_loopback_proxy_is_known_by_what_it_adds_and_not_by_being_trusted() -> None:
+    rules = access(TRUSTED_PROXIES="127.0.0.1")
+    assert rules.is_local("127.0.0.1", "localhost", headers())
+    assert not rules.is_local("127.0.0.1", "localhost", headers(X_Forwarded_For="127.0.0.1"))
 
 
 XFF, FWD = "X-Forwarded-For", "Forwarded"
