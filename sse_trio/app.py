@@ -25,6 +25,7 @@ from sse_trio.access import Access, effective_max_connections
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.connection import ASGIConnection, Worker
 from sse_trio.logs import configure_logging
+from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed
 from sse_trio.routes import Services, create_blueprint
 from sse_trio.settings import Settings, SettingsError
@@ -97,11 +98,13 @@ class App(QuartTrio):
         max_connections: int | None = None
         if owns_process:
             max_connections, self.limit_warning = effective_max_connections(settings)
+        access = Access(settings, max_connections=max_connections)
         self.services = Services(
             settings=settings,
             broadcaster=self.broadcaster,
             feed=self.feed,
-            access=Access(settings, max_connections=max_connections),
+            access=access,
+            metrics=Metrics(self.broadcaster, self.feed, access),
             instance=f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}",
         )
         self.register_blueprint(create_blueprint(self.services))
@@ -121,6 +124,7 @@ class App(QuartTrio):
         if self.limit_warning:
             log.warning(self.limit_warning)
         await nursery.start(self.services.access.run)
+        nursery.start_soon(self.services.metrics.run)
         nursery.start_soon(self.feed.run)
         with trio.move_on_after(START_TIMEOUT):
             await self.feed.first_attempt.wait()

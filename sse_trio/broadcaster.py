@@ -78,6 +78,8 @@ class Broadcaster:
         self.connects = 0
         self.disconnects: Counter[str] = Counter()
         self.gaps: Counter[str] = Counter()
+        self.resumes: Counter[str] = Counter()
+        """Cursors that were settled: from `memory`, from the `stream`, or `none` of them."""
         self.published = 0
         self.past: Counter[str] = Counter()
         """What clients that have left had been sent, had dropped; `/metrics` adds those who are here."""
@@ -167,6 +169,7 @@ class Broadcaster:
         epoch = self.history.epoch
         assert epoch is not None, "open_epoch comes before gap"
         self._finish_round()
+        self.gaps[reason] += len(self.clients)
         self._begin_round([Frame.notice(epoch, sequence, reason)], time.perf_counter())
         self._finish_round()
 
@@ -278,7 +281,9 @@ class Broadcaster:
                 del self._audiences[filter]
             client.close()
             self.past["sent"] += client.sent
+            self.past["bytes"] += client.bytes
             self.past["dropped"] += client.dropped
+            self.past["overflows"] += client.overflows
             self.past["high_water"] = max(self.past["high_water"], client.high_water)
 
     def resolve(self, client: Client, bounds: tuple[int, int] | None = None) -> None:
@@ -310,6 +315,7 @@ class Broadcaster:
                 self._settle_cursor(client, sequence)
 
     def _settle_cursor(self, client: Client, position: int, due: sse.GapReason | None = None) -> None:
+        self.resumes["none" if due else "memory" if position >= self.history.floor else "stream"] += 1
         client.cursor = None
         client.resumed = due is None
         client.due = due

@@ -116,6 +116,7 @@ class Client:
         "accounted",
         "address",
         "agent_id",
+        "bytes",
         "connected_at",
         "cursor",
         "dropped",
@@ -130,6 +131,7 @@ class Client:
         "missed_id",
         "missed_unknown",
         "overflow",
+        "overflows",
         "parked",
         "position",
         "receive_channel",
@@ -175,7 +177,10 @@ class Client:
         self._pending: Frame | None = None
 
         self.sent = 0
+        self.bytes = 0
         self.dropped = 0
+        self.overflows = 0
+        """Gaps that it was told of because its queue was full."""
         self.high_water = 0
         self.missed = 0
         self.missed_unknown = False
@@ -195,6 +200,7 @@ class Client:
                 return 0
             if taken:
                 self.sent += batch.count
+                self.bytes += len(batch.payload)
                 self.told = batch.last
                 self.wrote_at = now
                 if self.writer.has_rest:
@@ -298,6 +304,7 @@ class Client:
         gap = sse.gap("overflow", None if self.missed_unknown else self.missed, self.missed_id)
         self.missed = 0
         self.missed_unknown = False
+        self.overflows += 1
         return gap
 
     @property

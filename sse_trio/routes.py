@@ -28,6 +28,7 @@ from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import Filter
 from sse_trio.discovery import DISCOVERY_TYPES
 from sse_trio.history import event_id
+from sse_trio.metrics import CONTENT_TYPE, Metrics
 from sse_trio.nats_feed import NatsFeed
 from sse_trio.settings import Settings
 from sse_trio.sse import compact
@@ -61,6 +62,7 @@ class Services:
     broadcaster: Broadcaster
     feed: NatsFeed
     access: Access
+    metrics: Metrics
     instance: str
     backlog: Backlog | None = None
     draining: bool = False
@@ -339,6 +341,10 @@ def create_blueprint(services: Services) -> Blueprint:
     @routes.get("/livez")
     async def livez() -> Response:
         return json_answer({"status": "alive"})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(services.metrics.render(), content_type=CONTENT_TYPE)
 
     # -- the live page -----------------------------------------------------------------------------------------------
 

@@ -236,6 +236,7 @@ class EventStream(ConnectionResponse):
         await connection.write(payload)
         client.wrote_at = trio.current_time()
         client.sent += frames
+        client.bytes += len(payload)
         if last is not None:
             client.told = last.sequence
             if last.received_at:

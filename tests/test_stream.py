@@ -436,9 +436,7 @@ async def test_what_retention_has_taken_is_a_gap_and_then_the_first_retained(
 ) -> None:
     broadcaster = durable_broadcaster(buffer=5, history=5)
     publish(broadcaster, *range(1, 101))
-    async with streaming(
-        broadcaster, connection, cursor="e-10", backlog=ScriptedBacklog(first=51, last=100)
-    ):
+    async with streaming(broadcaster, connection, cursor="e-10", backlog=ScriptedBacklog(first=51, last=100)):
         connected, gap, *_ = connection.events
         assert (json.loads(connected.data)["resumed"], connected.id) == (False, "e-10")
         assert (gap.data, gap.id) == ('{"reason":"expired","missed":null}', "e-50")
