@@ -274,25 +274,25 @@ class Client:
     def take(self) -> tuple[bytes, int, Frame | None]:
         """What was queued, joined, with the gap where frames are missing; how many frames; the last of them."""
         pieces: list[bytes] = []
-        frames = 0
+        frames = size = 0
         last: Frame | None = None
-        if self.missed and self.overflow != "drop-newest":
-            pieces.append(self._take_gap())
         self.high_water = max(self.high_water, self.queued)
-        size = 0
         while size < TAKE_BYTES:
             if self._pending is not None:
+                # What woke the task left the channel before anything that was dropped from it.
                 frame, self._pending = self._pending, None
             else:
+                if self.missed and self.overflow != "drop-newest":
+                    pieces.append(self._take_gap())
                 try:
-                    taken = self.receive_channel.receive_nowait()
+                    queued = self.receive_channel.receive_nowait()
                 except trio.WouldBlock:
                     if self.missed:
                         pieces.append(self._take_gap())
                     break
-                if taken is None:
+                if queued is None:
                     continue
-                frame = taken
+                frame = queued
             encoded = frame.full if self.filter.full else frame.notification
             pieces.append(encoded)
             size += len(encoded)

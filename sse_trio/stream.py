@@ -322,12 +322,14 @@ class EventStream(ConnectionResponse):
         bounds = await self._while_quiet(client, connection, self._bounds)
         if self.broadcaster.epoch != epoch or client.ending is not None:
             return  # the world changed while we waited; the loop asks anew
-        if bounds is not None and bounds[0] > position + 1:
-            client.position = bounds[0] - 1
+        following = [frame for frame in page.frames if frame.sequence > position]
+        upto = following[0].sequence if following else page.last + 1
+        if bounds is not None and upto > position + 1 and bounds[0] > position + 1:
+            # Retention has taken what comes next; a page that was read before that may still have some of it.
+            client.position = min(bounds[0], upto) - 1
             await self._tell_gap(client, connection, "expired", None)
-            return
-        frames = [frame for frame in page.frames if frame.sequence > position and self.filter.matches(frame)]
-        client.position = max(position, page.last)
+        client.position = max(client.position, page.last)
+        frames = [frame for frame in following if self.filter.matches(frame)]
         step = READ_FULL_FRAMES if self.filter.full else READ_FRAMES
         for start in range(0, len(frames), step):
             await self._write_frames(client, connection, frames[start : start + step])

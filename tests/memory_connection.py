@@ -56,6 +56,11 @@ class MemoryConnection(Connection):
         """All events in what was read and what could be."""
         return Decoder().feed(self.body + self.in_flight)
 
+    @property
+    def read_events(self) -> list[ServerSentEvent]:
+        """The events that the peer has read to their end."""
+        return Decoder().feed(self.body)
+
     # -- the server's side -------------------------------------------------------------------------------------------
 
     def _take(self, data: bytes | memoryview) -> int:
