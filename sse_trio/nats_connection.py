@@ -1,10 +1,9 @@
 """One connection to NATS, from its opening to its death; it is never repaired.
 
-Strategy: crash-only. `open_connection` opens one nats-py client in an asyncio loop of its own (trio-asyncio), without
-nats-py's reconnect; whatever goes wrong (end of file, a frozen server, an error line, a bug while parsing) marks the
-connection dead with a reason, wakes everybody who waits for it, and the owner opens another one. Of nats-py we use the
-handshake (TLS, credentials) and the parser; its flusher, ping watchdog, iterators and request machinery are replaced
-below, since each has a way to hang or to go silent. nats-py's insides that we lean on are pinned by tests.
+Strategy: crash-only. `open_connection` opens one client (`nats_client`) in an asyncio loop of its own; whatever goes
+wrong (end of file, a frozen server, an error line, a bug while parsing) marks the connection dead with a reason and
+wakes everybody who waits for it, and whoever needs NATS opens another one. Nobody above this module knows which client
+it is.
 
 Everything here may be called from any Trio task: writing is a synchronous write to the transport, and waiting is a
 `trio.Event` that the read loop sets. The read loop only appends to a deque; who takes, takes everything at once. The
@@ -13,20 +12,17 @@ deque is bounded by bytes, and what did not fit is counted: see `Inbox.lost`.
 
 from __future__ import annotations
 
-import asyncio
-import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-import nats.errors
 import trio
 import trio_asyncio
-from nats.aio.client import Client as _NatsClient
 
+from sse_trio.nats_client import NatsClient, connect
 from sse_trio.nats_protocol import (
     Message,
     NatsError,
@@ -123,106 +119,6 @@ class _Answers:
         self.wake.set()
 
 
-class _Client(_NatsClient):
-    """nats-py's client with its loops replaced by ones that report to a `NatsConnection` and cannot die in silence."""
-
-    def __init__(self, connection: NatsConnection, *, require_tls: bool) -> None:
-        super().__init__()
-        self.connection = connection
-        self.require_tls = require_tls
-        self.pongs: list[trio.Event] = []
-        """Who waits for a PONG, in order; they may stop to wait, but keep their places."""
-
-    async def _select_next_server(self) -> None:
-        # One server, one try; the original tries again and hides the cause.
-        server = self._server_pool[0]
-        await self._connect_to_server(server)
-        self._current_server = server
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if initial_connection and self.require_tls and not info.get("tls_required"):
-            # nats-py would go on in plaintext and send the credentials.
-            if not info.get("tls_available"):
-                raise NatsError("tls", "the server offers no TLS, and tls:// asks for it; nothing was sent")
-            info["tls_required"] = True
-        self.connection.server_info.update(info)
-
-    async def _read_loop(self) -> None:
-        connection = self.connection
-        transport: Any = self._transport
-        try:
-            while data := await transport.read(1 << 18):
-                connection.activity += 1
-                await self._ps.parse(data)
-            connection.die("unreachable", "the server closed the connection")
-        except OSError as error:
-            connection.die("unreachable", f"the connection broke: {error}")
-        except Exception as error:
-            connection.die("protocol", f"what the server sent was not understood: {error!r}")
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        sink = self.connection.sinks.get(sid)
-        if sink is not None:
-            sink(Message(subject, reply, data, headers))
-
-    async def _process_err(self, err_msg: str) -> None:
-        self.connection.process_error(err_msg.strip("'"))
-
-    async def _process_ping(self) -> None:
-        self.send(b"PONG\r\n")
-
-    async def _process_pong(self) -> None:
-        if self.pongs:
-            self.pongs.pop(0).set()
-
-    def send(self, data: bytes) -> None:
-        """Write at once, or leave it to the transport's buffer."""
-        transport: Any = self._transport
-        transport.write(data)
-
-    def ping(self) -> trio.Event:
-        """Ask for a PONG. The server answers in order: when it comes, everything written before was processed."""
-        pong = trio.Event()
-        self.pongs.append(pong)
-        self.send(b"PING\r\n")
-        return pong
-
-    async def _ping_interval(self) -> None:
-        connection = self.connection
-        seen, silent = connection.activity, 0
-        while connection.failure is None:
-            await asyncio.sleep(self.options["ping_interval"])
-            # Any byte is a sign of life: a PONG may stand behind many megabytes of messages.
-            silent = 0 if connection.activity != seen else silent + 1
-            seen = connection.activity
-            if silent >= 3:
-                connection.die("frozen", f"the server has been silent for {silent * self.options['ping_interval']:g} s")
-            else:
-                self.ping()
-
-    async def _flusher(self) -> None:
-        """Nothing is queued: everything is written at once."""
-
-    async def abort(self) -> None:
-        """Close the sockets without waiting for anything to be written; call under a deadline."""
-        for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
-            if task is not None:
-                task.cancel()
-        transport: Any = self._transport
-        if transport is None:
-            return
-        writers = [getattr(transport, "_io_writer", None), getattr(transport, "_bare_io_writer", None)]
-        for writer in writers:
-            if writer is not None:
-                writer.transport.abort()
-        if writers == [None, None]:  # a WebSocket, or not connected yet
-            transport.close()
-        try:
-            await transport.wait_closed()
-        except Exception:
-            pass  # how it broke does not matter any more
-
-
 class NatsConnection:
     """An open connection. Once `closed` is set, every call raises `failure`."""
 
@@ -235,7 +131,7 @@ class NatsConnection:
         self.closed = trio.Event()
         self.sinks: dict[int, Callable[[Message], None]] = {}
         self.activity = 0
-        self._client: _Client | None = None
+        self._client: NatsClient | None = None
         self._inboxes: dict[int, Inbox] = {}
         self._sid = 0
         self._answers: dict[bytes, _Answers] = {}
@@ -275,7 +171,7 @@ class NatsConnection:
                     answers.wake.set()
 
     @property
-    def _live(self) -> _Client:
+    def _live(self) -> NatsClient:
         if self.failure is not None:
             raise self.failure
         assert self._client is not None, "connections come from open_connection"
@@ -310,7 +206,7 @@ class NatsConnection:
         """
         before = self._denied_publish.get(subject.lower(), 0)
         self.publish_nowait(subject, payload, headers=headers)
-        if confirm or self._buffered() > WRITE_BUFFER:
+        if confirm or self._live.buffered() > WRITE_BUFFER:
             await self.flush()
         else:
             await trio.lowlevel.checkpoint()
@@ -326,10 +222,6 @@ class NatsConnection:
         await self._live.ping().wait()
         if self.failure is not None:
             raise self.failure
-
-    def _buffered(self) -> int:
-        writer = getattr(self._live._transport, "_io_writer", None)
-        return int(writer.transport.get_write_buffer_size()) if writer is not None else 0
 
     # -- subscribing -------------------------------------------------------------------------------------------------
 
@@ -469,13 +361,13 @@ async def open_connection(
     parts = urlsplit(url)
     server = f"{parts.hostname}:{parts.port or 4222}"
     connection = NatsConnection(server, max_pending=max_pending)
-    client = _Client(connection, require_tls=parts.scheme in {"tls", "wss"})
+    client = NatsClient(connection, require_tls=parts.scheme in {"tls", "wss"})
     failure: Exception | None = None
     try:
         async with trio_asyncio.open_loop():
             # The loop's nurseries would wrap what the block raises; it is carried around them.
             try:
-                await _connect(client, url, creds, ca, name, connect_timeout, ping_interval)
+                await connect(client, server, url, creds, ca, name, connect_timeout, ping_interval)
                 connection._client = client
                 await connection.flush()
                 yield connection
@@ -491,85 +383,6 @@ async def open_connection(
             failure = NatsError("protocol", f"{server}: the client failed: {group.exceptions[0]!r}")
     if failure is not None:
         raise failure
-
-
-async def _connect(
-    client: _Client,
-    url: str,
-    creds: Path | None,
-    ca: Path | None,
-    name: str,
-    connect_timeout: float,
-    ping_interval: float,
-) -> None:
-    server = client.connection.server
-    options: dict[str, Any] = {}
-    if creds is not None:
-        options |= _credentials(server, creds)
-    if ca is not None:
-        try:
-            options["tls"] = ssl.create_default_context(cafile=str(ca))
-        except (OSError, ssl.SSLError) as error:
-            raise NatsError("tls", f"the CA file {ca} cannot be used: {error}") from None
-    parts = urlsplit(url)
-    if parts.username is not None and parts.password is not None:
-        options |= {"user": unquote(parts.username), "password": unquote(parts.password)}
-    elif parts.username is not None:
-        options["token"] = unquote(parts.username)
-    place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    try:
-        with trio.fail_after(connect_timeout):
-            await trio_asyncio.aio_as_trio(client.connect)(
-                [place],
-                name=name,
-                error_cb=_ignore,
-                allow_reconnect=False,
-                connect_timeout=connect_timeout,
-                ping_interval=ping_interval,
-                **options,
-            )
-    except Exception as error:
-        raise classify(server, error) from None
-
-
-async def _ignore(error: Exception) -> None:
-    """nats-py must have an error callback, and it must not raise; connect() raises the same error itself."""
-
-
-def _credentials(server: str, creds: Path) -> dict[str, Any]:
-    """nats-py's options for a credentials file (JWT and seed), or for a file with nothing but an nkey seed."""
-    try:
-        text = creds.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NatsError("auth", f"{server}: the credentials file {creds} cannot be read: {error}") from None
-    if "BEGIN NATS USER JWT" in text and "BEGIN USER NKEY SEED" in text:
-        return {"user_credentials": str(creds)}
-    if text.strip().startswith("SU") and len(text.split()) == 1:
-        return {"nkeys_seed_str": text.strip()}
-    raise NatsError("auth", f"{server}: the file {creds} holds neither NATS credentials nor an nkey seed")
-
-
-def classify(server: str, error: Exception) -> NatsError:
-    """Why a connection could not be made."""
-    if isinstance(error, NatsError):
-        return NatsError(error.reason, error.detail if server in error.detail else f"{server}: {error.detail}")
-    text = str(error) or type(error).__name__
-    match error:
-        case ssl.SSLError():
-            reason = "tls"
-        case TimeoutError() | trio.TooSlowError() if not getattr(error, "errno", None):
-            reason, text = "timeout", "no answer in time"
-        case OSError():
-            reason = "unreachable"
-        case nats.errors.Error():
-            text = text.removeprefix("nats: ").strip("'")
-            reason = error_reason(text.lower())
-        case ImportError():
-            reason = "unreachable"
-        case _:
-            # What remains is nkeys refusing a seed, and the parser refusing a greeting.
-            reason = "auth" if "nkeys" in type(error).__module__ else "protocol"
-    return NatsError(reason, f"{server}: {text}")
 
 
 def _always(_: Message) -> bool:

@@ -12,56 +12,36 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal, Protocol
+from typing import Literal
 
 import structlog
 import trio
 
-from sse_trio.discovery import Discovery, InvalidDiscovery, decode
-from sse_trio.nats_connection import NatsConnection, NatsError, open_connection
+from sse_trio.backlog import Backlog, Page
+from sse_trio.jetstream import Batch, Consumer, ConsumerBroken, JetStream, StoredMessage, StreamInfo, base36
+from sse_trio.nats_connection import NatsConnection, open_connection
+from sse_trio.nats_protocol import NatsError
+from sse_trio.rounds import Broadcaster, FeedCounters, Rounds
 from sse_trio.settings import Settings
 
 __all__ = ["FeedCounters", "FeedError", "FeedStatus", "NatsFeed"]
 
-Event = tuple[int, str, Discovery]
-
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
 """Seconds before the next try: doubled each time from the first to the last, less a random part of up to a half."""
 
-ROUND_BYTES = 1 << 20
-"""Bytes of payload in one round, at most (or a single message)."""
+WATCH_INTERVAL = 5.0
+"""Seconds between two looks at whether the stream still takes what is published."""
 
-DECODED_AT_ONCE = 256
-"""Messages that are decoded before other tasks may run: about 3 ms."""
+ROLLBACK_PATIENCE = 5.0
+"""Seconds that a stream's leader has to know of what we have already been given, before we believe that it is gone."""
 
-LOG_INTERVAL = 10.0
-"""Seconds between two log lines about invalid discoveries of one kind."""
-
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-
-log = structlog.get_logger()
+log = structlog.get_logger("sse_trio.nats_feed")
 
 
 class FeedError(Exception):
     """The feed cannot do what the settings ask for, and trying again would not help."""
-
-
-class Broadcaster(Protocol):
-    """What the feed needs of the broadcaster: all synchronous, never raising because of a client."""
-
-    @property
-    def head(self) -> int: ...
-    @property
-    def epoch(self) -> str | None: ...
-    def open_epoch(self, epoch: str, head: int, *, durable: bool = False) -> None: ...
-    def publish(self, events: list[Event], head: int | None = None, *, received_at: float = 0.0) -> None: ...
-    def deliver(self) -> bool: ...
-    def go_live(self) -> None: ...
-    def gap(self, reason: Literal["upstream", "expired"], sequence: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +62,6 @@ class FeedStatus:
     """When it became so."""
 
 
-@dataclass
-class FeedCounters:
-    """What has happened since the start; plain numbers that only grow."""
-
-    received: int = 0
-    """Messages taken from NATS."""
-    received_bytes: int = 0
-    decoded: int = 0
-    """Of those, the ones that became events."""
-    invalid: Counter[str] = field(default_factory=Counter)
-    """Of those, the ones that are no discoveries, by reason."""
-    lost: int = 0
-    """Messages that did not fit into memory before they could be taken."""
-    reconnects: int = 0
-    attempts: int = 0
-    """Connections tried."""
-    consumer_restarts: int = 0
-    stream_reads: int = 0
-    """Requests that read older events from the stream."""
-
-
 class NatsFeed:
     """The one feed of a process."""
 
@@ -113,7 +72,10 @@ class NatsFeed:
         self.counters = FeedCounters()
         self.first_attempt = trio.Event()
         """Set when the feed is live for the first time, or when the first try failed."""
-        self._invalid = _InvalidLog()
+        self.backlog = Backlog(lambda: broadcaster.head, self.counters)
+        """Older events, from the stream; only with JetStream."""
+        self._mode: Literal["core", "jetstream"] | None = None
+        self._rounds = Rounds(broadcaster, self.counters, settings.buffer)
         self._was_live = False
         self._outage: set[str] = set()
         """The reasons that the log has named since the feed was last live."""
@@ -141,8 +103,20 @@ class NatsFeed:
                 await trio.sleep(delays.next())
 
     async def _feed(self, connection: NatsConnection) -> None:
-        """Feed from this connection until it fails."""
-        await self._feed_core(connection)
+        """Feed from this connection until it fails. The first one decides the mode, once and for all."""
+        stream = JetStream(connection, self.settings.nats_stream, self.settings.nats_subject)
+        if self._mode is None:
+            durable = self.settings.nats_durable
+            if durable != "off" and await stream.is_available():
+                self._mode = "jetstream"
+            elif durable == "require":
+                raise FeedError(f"NATS_DURABLE=require, and there is no JetStream at {connection.server}")
+            else:
+                self._mode = "core"
+        if self._mode == "core":
+            await self._feed_core(connection)
+        else:
+            await self._feed_stream(stream)
 
     # -- core NATS ---------------------------------------------------------------------------------------------------
 
@@ -159,59 +133,168 @@ class NatsFeed:
             messages = await inbox.take()
             lost = inbox.lost
             received_at = time.perf_counter()
-            await self._publish(
-                ((0, message.subject, message.payload) for message in messages), received_at, numbered=False
+            await self._rounds.publish(
+                (StoredMessage(0, message.subject, message.payload) for message in messages),
+                received_at,
+                numbered=False,
             )
             if lost:
                 self.counters.lost += lost
-                log.error("discoveries_lost", count=lost, cause="they came faster than they could be sent on")
+                log.error("discoveries lost", count=lost, cause="they came faster than they could be sent on")
                 broadcaster.gap("upstream", broadcaster.head + 1)
 
-    # -- rounds ------------------------------------------------------------------------------------------------------
+    # -- JetStream ---------------------------------------------------------------------------------------------------
 
-    async def _publish(self, messages: Iterable[tuple[int, str, bytes]], received_at: float, *, numbered: bool) -> None:
-        """Decode (sequence, subject, payload) and publish them in rounds; other tasks run in between.
+    async def _feed_stream(self, stream: JetStream) -> None:
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            # Reads of older events run beside the feed. What ends the feed is carried around the nursery, which would
+            # wrap it.
+            try:
+                nursery.start_soon(self._watch, stream)
+                await self._follow(stream, nursery)
+            except Exception as error:
+                failure = error
+            finally:
+                self.backlog.close()
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
-        Without `numbered` the sequences count on from the head; then what does not decode needs none.
-        """
-        events: list[Event] = []
-        head, size = self.broadcaster.head, 0
-        for count, (sequence, subject, payload) in enumerate(messages, 1):
-            discovery = self._decode(subject, payload)
-            if numbered:
-                head = sequence
-            elif discovery is not None:
-                head += 1
-            if discovery is not None:
-                events.append((head, subject, discovery))
-                size += len(payload)
-            if len(events) >= self.settings.buffer or size >= ROUND_BYTES:
-                await self._round(events, head, received_at)
-                events, size = [], 0
-            elif count % DECODED_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
-        if events or head > self.broadcaster.head:
-            await self._round(events, head, received_at)
-
-    async def _round(self, events: list[Event], head: int, received_at: float) -> None:
-        self.broadcaster.publish(events, head, received_at=received_at)
+    async def _follow(self, stream: JetStream, nursery: trio.Nursery) -> None:
+        """Consume the stream from where the head is, with one consumer after another."""
         while True:
-            await trio.lowlevel.checkpoint()
-            if not self.broadcaster.deliver():
-                return
+            # Before every consumer: a stream may have been purged, emptied by retention, or replaced while we were
+            # away, and a consumer of the wrong one would wait in silence.
+            info = await self._open_stream(stream)
+            consumer = await stream.consume(self.broadcaster.head + 1)
+            self.backlog.open(stream, info.epoch, nursery)
+            try:
+                await self._consume(stream, consumer, info)
+            except ConsumerBroken as broken:
+                self.counters.consumer_restarts += 1
+                log.info("consumer restarted", cause=str(broken))
+                if broken.silent:
+                    self._down(NatsError("stream", f"{stream.connection.server}: the consumer is silent: {broken}"))
+            await stream.forget(consumer)
 
-    def _decode(self, subject: str, payload: bytes) -> Discovery | None:
-        counters = self.counters
-        counters.received += 1
-        counters.received_bytes += len(payload)
-        try:
-            discovery = decode(payload)
-        except InvalidDiscovery as error:
-            counters.invalid[error.reason] += 1
-            self._invalid.log(subject, error.reason)
-            return None
-        counters.decoded += 1
-        return discovery
+    async def _open_stream(self, stream: JetStream) -> StreamInfo:
+        """Find or create the stream, and tell the broadcaster what has become of its past."""
+        broadcaster, settings = self.broadcaster, self.settings
+        info = await stream.info()
+        if info is None:
+            info = await stream.create(
+                max_age=settings.nats_stream_max_age,
+                max_bytes=settings.nats_stream_max_bytes,
+                replicas=settings.nats_stream_replicas,
+            )
+            log.info("stream created", stream=stream.name)
+        if broadcaster.epoch is None:
+            head = max(info.first - 1, info.last - settings.history)
+            broadcaster.open_epoch(info.epoch, head, durable=True)
+        elif info.epoch != broadcaster.epoch:
+            log.warning("stream replaced", stream=stream.name, first=info.first, last=info.last)
+            self.backlog.forget()
+            broadcaster.open_epoch(info.epoch, info.first - 1, durable=True)
+        elif info.last < broadcaster.head:
+            info = await self._wait_for_rollback(stream, info)
+        elif info.first > broadcaster.head + 1:
+            self._expired(info.first)
+        return info
+
+    async def _wait_for_rollback(self, stream: JetStream, info: StreamInfo) -> StreamInfo:
+        """The stream ends before our head: a new leader that is behind, or a server that lost what it had written."""
+        with trio.move_on_after(ROLLBACK_PATIENCE):
+            while info.last < self.broadcaster.head:
+                await trio.sleep(FIRST_DELAY)
+                info = await stream.info() or info
+        if info.last < self.broadcaster.head:
+            log.error("stream rolled back", stream=stream.name, head=self.broadcaster.head, last=info.last)
+            self.backlog.forget()
+            self.broadcaster.open_epoch(info.epoch, info.last, durable=True)
+        return info
+
+    def _expired(self, first: int) -> None:
+        """What was between our head and the stream's first message is gone before we have heard it."""
+        log.warning("discoveries expired unheard", after=self.broadcaster.head, before=first)
+        self.broadcaster.gap("expired", first - 1)
+
+    async def _consume(self, stream: JetStream, consumer: Consumer, info: StreamInfo) -> None:
+        """Publish what the consumer gives until it breaks.
+
+        For the first one, what was waiting for it is history: the feed is live when that has been delivered.
+        """
+        broadcaster, delivered, pending = self.broadcaster, 0, consumer.backlog
+        if self._was_live or not pending:
+            self._caught_up(stream, info.last if not pending else 0)
+        while True:
+            batch = await consumer.take()
+            received_at = time.perf_counter()
+            messages = batch.messages
+            if messages:
+                for upto, first in await self._holes(stream, batch, pending):
+                    done = len(batch.messages) - len(messages)
+                    await self._rounds.publish(messages[: upto - done], received_at, numbered=True)
+                    messages = messages[upto - done :]
+                    self._expired(first)
+                await self._rounds.publish(messages, received_at, numbered=True)
+                pending = batch.pending[-1]
+            if batch.skipped_to > broadcaster.head:
+                broadcaster.publish([], batch.skipped_to)
+            if not self.status.live:
+                delivered += len(batch.messages)
+                if delivered >= consumer.backlog or not pending or batch.skipped_to or broadcaster.head >= info.last:
+                    self._caught_up(stream, info.last)
+
+    def _caught_up(self, stream: JetStream, head: int) -> None:
+        """All that was waiting has been published; nothing of ours is left up to `head`."""
+        if head > self.broadcaster.head:
+            self.broadcaster.publish([], head)
+        self.broadcaster.go_live()
+        if not self.status.live:
+            self._up(stream.connection, "jetstream")
+
+    async def _holes(self, stream: JetStream, batch: Batch, pending: int) -> list[tuple[int, int]]:
+        """Where retention took messages that the consumer had not yet sent: (index in the batch, first one left).
+
+        The consumer does not say so: it numbers what it sends. But a jump in the stream's sequences while something
+        was `pending` is either another subject's message, or that; and then the stream now begins behind the jump.
+        """
+        previous = self.broadcaster.head
+        if batch.messages[-1].sequence - previous == len(batch.messages):
+            return []
+        jumps = []
+        for index, (message, left) in enumerate(zip(batch.messages, batch.pending, strict=True)):
+            if pending and message.sequence > previous + 1:
+                jumps.append((index, previous, message.sequence))
+            previous, pending = message.sequence, left
+        info = await stream.info() if jumps else None
+        if info is None:
+            return []
+        return [(index, min(info.first, after)) for index, before, after in jumps if info.first > before + 1]
+
+    async def _watch(self, stream: JetStream) -> None:
+        """Say it when publishers are refused, which the feed itself would only see as silence."""
+        while True:
+            await trio.sleep(WATCH_INTERVAL)
+            try:
+                trouble = await stream.trouble() or ""
+            except NatsError:
+                continue  # the feed finds out by itself
+            if self.status.live and trouble != self.status.detail:
+                self.status = replace(self.status, detail=trouble)
+                if trouble:
+                    log.warning("stream full", detail=trouble)
+
+    # -- what the stream holds ---------------------------------------------------------------------------------------
+
+    async def bounds(self) -> tuple[int, int] | None:
+        """The stream's first and last sequence, at most a second old; None on core NATS, and while not connected."""
+        return await self.backlog.bounds()
+
+    async def read(self, after: int) -> Page:
+        """Frames of the stream that follow `after`; see `Backlog.read`. On core NATS it waits for ever."""
+        return await self.backlog.read(after)
 
     # -- status ------------------------------------------------------------------------------------------------------
 
@@ -224,7 +307,7 @@ class NatsFeed:
         self._outage.clear()
         self.status = FeedStatus(True, None, "", mode, connection.server, self.counters.reconnects, now)
         self.first_attempt.set()
-        log.info("feed_live", server=connection.server, mode=mode, after_seconds=round(away, 3))
+        log.info("feed live", server=connection.server, mode=mode, after_seconds=round(away, 3))
 
     def _down(self, error: NatsError) -> None:
         """Say once per outage and reason why the feed is not live."""
@@ -235,7 +318,7 @@ class NatsFeed:
         self.first_attempt.set()
         if error.reason not in self._outage:
             self._outage.add(error.reason)
-            log.warning("feed_down", reason=error.reason, detail=error.detail)
+            log.warning("feed down", reason=error.reason, detail=error.detail)
 
 
 class _Delays:
@@ -252,36 +335,6 @@ class _Delays:
         rounds = self.tries // self.servers
         self.tries += 1
         return min(LAST_DELAY, FIRST_DELAY * 2.0 ** min(rounds, 20)) / self.servers * random.uniform(0.5, 1.0)
-
-
-class _InvalidLog:
-    """One line about the first invalid discovery of each kind, then at most one every `LOG_INTERVAL`."""
-
-    def __init__(self) -> None:
-        self._next: dict[str, float] = {}
-        self._suppressed: Counter[str] = Counter()
-
-    def log(self, subject: str, reason: str) -> None:
-        now = time.monotonic()
-        if now < self._next.get(reason, now):
-            self._suppressed[reason] += 1
-            return
-        self._next[reason] = now + LOG_INTERVAL
-        log.warning(
-            "discovery_invalid",
-            subject=ascii(subject[:200])[1:-1],
-            reason=reason,
-            suppressed=self._suppressed.pop(reason, 0),
-        )
-
-
-def base36(number: int) -> str:
-    """A non-negative number in the digits 0-9a-z."""
-    digits = ""
-    while number >= 36:
-        number, digit = divmod(number, 36)
-        digits = _DIGITS[digit] + digits
-    return _DIGITS[number] + digits
 
 
 def _run_epoch() -> str:

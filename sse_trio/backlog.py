@@ -1,0 +1,332 @@
+"""Older events, read from the stream for those whom memory no longer serves, and read once for all of them.
+
+Strategy: the stream is read in pages that begin at multiples of `PAGE`, so that clients on their way through the same
+past ask for the same pages. One read of a page is in flight at most; everybody who wants the page waits for it, and it
+is decoded and encoded once. Full pages never change and are kept for a while, bounded by bytes.
+
+A read belongs to the connection (it runs in the nursery given to `open`), never to the client who asked first, so a
+client that leaves takes nothing from the others. While the feed is away, readers wait; a read that a dying connection
+took along is made again on the next one.
+
+The end of a page is what a later read goes on from, so it has to be right: see `_end`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+import structlog
+import trio
+
+from sse_trio.discovery import InvalidDiscovery, decode
+from sse_trio.history import Frame
+from sse_trio.nats_protocol import NatsError
+from sse_trio.rounds import Arrived, FeedCounters
+from sse_trio.subjects import matches
+
+__all__ = ["Backlog", "Page", "Source"]
+
+PAGE = 500
+"""Sequences that a page is meant for, and messages that it holds at most."""
+
+CACHE_BYTES = 8 << 20
+"""Bytes of pages that are kept, at most (or a single page)."""
+
+BOUNDS_AGE = 1.0
+"""Seconds for which the stream's bounds count as known."""
+
+RETRY = 0.2
+"""Seconds before a read that failed or found nothing new is made again."""
+
+READS_AT_ONCE = 4
+"""Different pages that are read at the same time."""
+
+DECODED_AT_ONCE = 100
+"""Messages that are decoded before other tasks may run."""
+
+WIDEST = 64 * PAGE
+"""Sequences that are looked through in one step back, when the stream holds mostly other subjects."""
+
+log = structlog.get_logger("sse_trio.backlog")
+
+
+class Bounded(Protocol):
+    @property
+    def epoch(self) -> str: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+
+
+class Source(Protocol):
+    """A stream on an open connection; see `JetStream`. Methods raise `NatsError`."""
+
+    direct: bool
+
+    @property
+    def subject(self) -> str: ...
+    async def info(self) -> Bounded | None: ...
+    async def read(self, sequence: int, limit: int) -> tuple[Sequence[Arrived], bool]: ...
+    async def next(self, sequence: int) -> Arrived | None: ...
+    async def get(self, sequence: int) -> Arrived | None: ...
+    async def first_at(self, moment: datetime) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Frames in order; between the place that was asked for and `last` (inclusive) there are no others."""
+
+    frames: list[Frame]
+    last: int
+
+
+class _Read:
+    """A read in flight."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.page: Page | None = None
+
+
+class _Opened:
+    """The stream that can be read now, and where reads run."""
+
+    def __init__(self, source: Source, epoch: str, nursery: trio.Nursery) -> None:
+        self.source = source
+        self.epoch = epoch
+        self.nursery = nursery
+        self.reads: dict[int, _Read] = {}
+
+
+class Backlog:
+    """What the stream holds, for everybody who asks. Methods wait while it cannot be read, and may be cancelled."""
+
+    def __init__(self, head: Callable[[], int], counters: FeedCounters) -> None:
+        """`head` tells up to which sequence the feed has been given everything."""
+        self.counters = counters
+        self._head = head
+        self._opened: _Opened | None = None
+        self._changed = trio.Event()
+        self._limit = trio.Semaphore(READS_AT_ONCE)
+        self._pages: OrderedDict[int, tuple[Page, int]] = OrderedDict()
+        self._bytes = 0
+        self._epoch: str | None = None
+        self._incarnation = 0
+        self._bounds: tuple[int, int] | None = None
+        self._bounds_until = -1.0
+        self._asking = trio.Lock()
+
+    # -- the feed's side ---------------------------------------------------------------------------------------------
+
+    def open(self, source: Source, epoch: str, nursery: trio.Nursery) -> None:
+        """The stream can be read through `source` until `close`; reads run in `nursery`."""
+        if epoch != self._epoch:
+            self.forget()
+            self._epoch = epoch
+        self.close()
+        self._opened = _Opened(source, epoch, nursery)
+
+    def forget(self) -> None:
+        """What was read is no longer what the stream holds: begin anew. Reads that wait end with an empty page."""
+        self._incarnation += 1
+        self._pages.clear()
+        self._bytes = 0
+        self.close()
+
+    def close(self) -> None:
+        """The stream cannot be read now. Who waits goes on waiting, for the next `open`."""
+        opened, self._opened = self._opened, None
+        self._bounds_until = -1.0
+        self._changed.set()
+        self._changed = trio.Event()
+        if opened is not None:
+            for read in opened.reads.values():
+                read.done.set()
+
+    # -- the readers' side -------------------------------------------------------------------------------------------
+
+    async def bounds(self) -> tuple[int, int] | None:
+        """The stream's first and last sequence, at most a second old; None while that cannot be known."""
+        async with self._asking:
+            if trio.current_time() < self._bounds_until:
+                return self._bounds
+            opened = self._opened
+            if opened is None:
+                return None
+            try:
+                info = await opened.source.info()
+            except NatsError:
+                return None
+            if info is None or info.epoch != opened.epoch or opened is not self._opened:
+                return None
+            self._bounds = info.first, info.last
+            self._bounds_until = trio.current_time() + BOUNDS_AGE
+            return self._bounds
+
+    async def read(self, after: int) -> Page:
+        """The page in which the frames that follow `after` are; its `last` is always above `after`.
+
+        It may begin with frames that do not follow `after`. Where retention has taken the next ones it goes on with
+        what is left: compare with `bounds`, which is then never older than the page. Where the stream was replaced
+        while we waited, the page is empty and ends at `after`.
+        """
+        start = after - after % PAGE
+        incarnation = self._incarnation
+        while True:
+            page = await self._page(start)
+            if self._incarnation != incarnation:
+                return Page([], after)
+            if page.last > after:
+                return page
+            if page.last > start:
+                start = page.last  # large messages: the page ended before its time
+            else:
+                await trio.sleep(RETRY)  # a lagging replica, or nothing has been published yet
+
+    async def read_before(self, before: int) -> tuple[list[Frame], int]:
+        """Frames before the sequence `before`, in order, and the sequence from which on they are complete.
+
+        Ask again with that one for the frames before these; none are left when it is at or below the first bound.
+        """
+        width = PAGE
+        while True:
+            bounds = await self._known_bounds()
+            low = max(bounds[0], before - width)
+            frames: list[Frame] = []
+            position = low - 1
+            while position < before - 1:
+                page = await self.read(position)
+                if page.last == position:
+                    return [], before  # the stream was replaced
+                frames += [frame for frame in page.frames if position < frame.sequence < before]
+                position = page.last
+            if frames or low <= bounds[0]:
+                return frames, low
+            before, width = low, min(width * 4, WIDEST)
+
+    async def get(self, sequence: int) -> Frame | None:
+        """The frame with exactly this sequence; None when the stream does not hold it (any more)."""
+        while True:
+            opened = await self._ready()
+            try:
+                stored = await opened.source.get(sequence)
+            except NatsError:
+                await trio.sleep(RETRY)
+                continue
+            if stored is None or not matches(opened.source.subject, stored[1]):
+                return None
+            return _frame(opened.epoch, stored)
+
+    async def first_at(self, moment: datetime) -> int | None:
+        """The sequence of the first event stored at or after `moment` (aware); None when there is none."""
+        while True:
+            opened = await self._ready()
+            try:
+                return await opened.source.first_at(moment)
+            except NatsError:
+                await trio.sleep(RETRY)
+
+    async def _ready(self) -> _Opened:
+        await trio.lowlevel.checkpoint()
+        while self._opened is None:
+            await self._changed.wait()
+        return self._opened
+
+    async def _known_bounds(self) -> tuple[int, int]:
+        while True:
+            bounds = await self.bounds()
+            if bounds is not None:
+                return bounds
+            await self._ready()
+            await trio.sleep(RETRY)
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    async def _page(self, start: int) -> Page:
+        """The page of the frames that follow `start`: from the cache, or from the read that is in flight, or read."""
+        while True:
+            opened = await self._ready()
+            if start in self._pages:
+                self._pages.move_to_end(start)
+                return self._pages[start][0]
+            read = opened.reads.get(start)
+            if read is None:
+                read = opened.reads[start] = _Read()
+                opened.nursery.start_soon(self._run, opened, start, read)
+            await read.done.wait()
+            if read.page is not None:
+                return read.page
+            if opened is self._opened:
+                await trio.sleep(RETRY)
+
+    async def _run(self, opened: _Opened, start: int, read: _Read) -> None:
+        """Read one page; whatever becomes of it, those who wait are woken."""
+        try:
+            async with self._limit:
+                read.page = await self._load(opened, start)
+        except NatsError as error:
+            if error.reason == "permissions" and opened.source.direct:
+                opened.source.direct = False
+                log.warning("stream cannot be read directly", detail=error.detail)
+        finally:
+            del opened.reads[start]
+            read.done.set()
+
+    async def _load(self, opened: _Opened, start: int) -> Page:
+        self.counters.stream_reads += 1
+        head = self._head()
+        stored, at_end = await opened.source.read(start + 1, PAGE)
+        if stored and stored[0][0] > start + 1:
+            # Retention may have taken what is missing: whoever asks now must not get older bounds than this page.
+            self._bounds_until = -1.0
+        frames = []
+        size = 0
+        for count, message in enumerate(stored, 1):
+            if (frame := _frame(opened.epoch, message)) is not None:
+                frames.append(frame)
+                size += frame.size
+            if count % DECODED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        last = stored[-1][0] if stored else start
+        if at_end:
+            return Page(frames, await self._end(opened, last, head))
+        page = Page(frames, last)
+        if opened is self._opened:
+            self._keep(start, page, size)
+        return page
+
+    async def _end(self, opened: _Opened, last: int, head: int) -> int:
+        """Up to where a page is complete whose replica had no more to give.
+
+        The feed was at `head` before, so the stream holds all there is up to there. But does that replica? The leader
+        is asked: if nothing of ours follows up to `head`, the page is complete up to `head`, else as far as it goes.
+        """
+        if last >= head:
+            return last
+        following = await opened.source.next(last + 1)
+        return head if following is None or following[0] > head else last
+
+    def _keep(self, start: int, page: Page, size: int) -> None:
+        self._pages[start] = page, size
+        self._bytes += size
+        while self._bytes > CACHE_BYTES and len(self._pages) > 1:
+            _, (_, freed) = self._pages.popitem(last=False)
+            self._bytes -= freed
+
+    def __repr__(self) -> str:
+        state = "open" if self._opened is not None else "closed"
+        return f"<Backlog {state}, {len(self._pages)} pages, {self._bytes} bytes>"
+
+
+def _frame(epoch: str, stored: Arrived) -> Frame | None:
+    """The frame of a stored message; None for what is no discovery (the feed has counted it when it came)."""
+    sequence, subject, payload = stored
+    try:
+        return Frame.of(epoch, sequence, subject, decode(payload))
+    except InvalidDiscovery:
+        return None

@@ -1,0 +1,446 @@
+"""One JetStream stream: finding or creating it, reading from it, and an ordered consumer that restarts at no cost.
+
+Strategy: the JetStream API is JSON over requests, so this is a thin layer over a connection. The ordered consumer is
+ours: an ephemeral push consumer in the server's memory, whose numbering shows every hole, whose heartbeats show every
+silence, and whose flow control is answered when what came before it has been dealt with: that is the back-pressure.
+It repairs nothing. When anything is odd it raises `ConsumerBroken`, and its owner makes another that starts where this
+one stood.
+
+What a stream holds was published by others. A publisher may set any header, and any status line: only what the server
+appends (the last field of a name) and where it puts a message (the reply subject) is believed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+import trio
+
+from sse_trio.nats_connection import Inbox, NatsConnection
+from sse_trio.nats_protocol import Message, NatsError, NoResponders
+
+__all__ = [
+    "Batch",
+    "Consumer",
+    "ConsumerBroken",
+    "JetStream",
+    "JetStreamError",
+    "JetStreamUnavailable",
+    "StoredMessage",
+    "StreamInfo",
+    "base36",
+]
+
+HEARTBEAT = 1.0
+"""Seconds of silence after which the server sends a heartbeat; three of them missed, and the consumer is dead."""
+
+INACTIVE = 30.0
+"""Seconds after which the server forgets a consumer whose subscriber has gone."""
+
+API_TIMEOUT = 3.0
+"""Seconds that the JetStream API has to answer."""
+
+READ_BYTES = 2 << 20
+"""Bytes that one read of the stream returns, at most (or a single message)."""
+
+STREAM_NOT_FOUND = 10059
+MESSAGE_NOT_FOUND = 10037
+STREAM_NAME_IN_USE = 10058
+NOT_ENABLED = frozenset({10039, 10076})
+"""JetStream is off: for the account, for the server."""
+
+_SECOND = 10**9
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class JetStreamError(NatsError):
+    """The JetStream API said no; `code` is its error code."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__("stream", detail)
+        self.code = code
+
+
+class JetStreamUnavailable(NatsError):
+    """Nobody answers for JetStream: it is off, or its cluster has no leader now."""
+
+
+class ConsumerBroken(Exception):
+    """This consumer's messages are no longer complete; the text says how that shows. Make another one."""
+
+    def __init__(self, cause: str, *, silent: bool = False) -> None:
+        super().__init__(cause)
+        self.silent = silent
+        """Whether nothing at all came for too long, so that events may be waiting."""
+
+
+class StoredMessage(NamedTuple):
+    """A message of the stream."""
+
+    sequence: int
+    subject: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """The stream as it is now."""
+
+    epoch: str
+    """Names this incarnation: the time of its creation in microseconds, in base 36."""
+    first: int
+    """The sequence of the oldest message; that of the next one where there is none. At least 1."""
+    last: int
+    """The sequence of the newest message, even if that is gone."""
+    bytes: int
+    max_bytes: int
+    """-1: no limit."""
+    discard_new: bool
+    """Whether a full stream refuses new messages, instead of dropping old ones."""
+    allow_direct: bool
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> StreamInfo:
+        config, state = answer["config"], answer["state"]
+        created = datetime.fromisoformat(answer["created"])
+        return cls(
+            base36((created - _EPOCH) // timedelta(microseconds=1)),
+            max(int(state["first_seq"]), 1),
+            int(state["last_seq"]),
+            int(state["bytes"]),
+            int(config.get("max_bytes", -1)),
+            config.get("discard") == "new",
+            bool(config.get("allow_direct")),
+        )
+
+
+class JetStream:
+    """The stream `name` on one connection, as far as `subject` (a pattern) goes. Lives no longer than the connection.
+
+    Every method raises a `NatsError` when the connection or JetStream cannot answer.
+    """
+
+    def __init__(self, connection: NatsConnection, name: str, subject: str) -> None:
+        self.connection = connection
+        self.name = name
+        self.subject = subject
+        self.direct = True
+        """Whether the stream may be read directly, from any replica."""
+        self._batches = _version(connection.server_info) >= (2, 11)
+
+    async def _api(self, operation: str, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        body = json.dumps(request).encode() if request is not None else b""
+        try:
+            message = await self.connection.request(f"$JS.API.{operation}", body, within=API_TIMEOUT)
+        except NoResponders:
+            raise JetStreamUnavailable("stream", f"{self.connection.server}: JetStream is not available") from None
+        answer: dict[str, Any] = json.loads(message.payload)
+        if error := answer.get("error"):
+            text = f"{self.connection.server}: JetStream: {error.get('description', 'refused')}"
+            raise JetStreamError(int(error.get("err_code", 0)), text)
+        return answer
+
+    async def is_available(self) -> bool:
+        """Whether this account has JetStream here. Raises where that cannot be known now."""
+        try:
+            await self._api("INFO")
+        except JetStreamUnavailable:
+            return False
+        except JetStreamError as error:
+            if error.code in NOT_ENABLED:
+                return False
+            raise
+        except NatsError as error:
+            if error.reason == "permissions":
+                return False
+            raise
+        return True
+
+    async def trouble(self) -> str | None:
+        """What keeps others from publishing into the stream, as far as the server tells; None when nothing does."""
+        info = await self.info()
+        if info is not None and info.discard_new and 0 < info.max_bytes <= info.bytes * 1.01:
+            return f"stream {self.name} is full: new discoveries are refused"
+        account = await self._api("INFO")
+        limit = int(account.get("limits", {}).get("max_storage", -1))
+        if 0 < limit <= int(account.get("storage", 0)) * 1.01:
+            return "the JetStream storage of the account is full: new discoveries are refused"
+        return None
+
+    # -- the stream --------------------------------------------------------------------------------------------------
+
+    async def info(self) -> StreamInfo | None:
+        """The stream, from its leader; None when there is no such stream."""
+        try:
+            info = StreamInfo.of(await self._api(f"STREAM.INFO.{self.name}"))
+        except JetStreamError as error:
+            if error.code == STREAM_NOT_FOUND:
+                return None
+            raise
+        self.direct = info.allow_direct
+        return info
+
+    async def create(self, *, max_age: float, max_bytes: int, replicas: int) -> StreamInfo:
+        """Create the stream, or return the one that somebody else has created in the meantime."""
+        window = min(120.0, max_age) if max_age else 120.0
+        config = {
+            "name": self.name,
+            "subjects": [self.subject],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "old",
+            "max_age": round(max_age * _SECOND),
+            "max_bytes": max_bytes or -1,
+            "num_replicas": replicas,
+            "duplicate_window": round(window * _SECOND),
+            "allow_direct": True,
+        }
+        refused: JetStreamError | None = None
+        try:
+            await self._api(f"STREAM.CREATE.{self.name}", config)
+        except JetStreamError as error:
+            refused = error
+        if refused is not None and refused.code != STREAM_NAME_IN_USE:
+            raise refused
+        info = await self.info()
+        if info is None:
+            raise refused or NatsError("stream", f"{self.connection.server}: stream {self.name} has vanished")
+        return info
+
+    # -- reading what it holds ---------------------------------------------------------------------------------------
+
+    async def read(self, sequence: int, limit: int) -> tuple[list[StoredMessage], bool]:
+        """At most `limit` messages from `sequence` on, in order, and whether that was all the answering replica has.
+
+        A replica may lag behind the leader: "all" is all that it knew. Fewer than `limit` come where they are large.
+        """
+        if not (self.direct and self._batches):
+            return await self._read_singly(sequence, limit)
+        request = {"seq": sequence, "batch": limit, "max_bytes": READ_BYTES, "next_by_subj": self.subject}
+        answers = await self._direct(request)
+        closing = answers.pop()
+        if closing.status == 404:
+            return [], True
+        if closing.status != 204:
+            raise NatsError("stream", f"{self.connection.server}: reading the stream: {closing.description}")
+        messages = []
+        previous = 0
+        for answer in answers:
+            fields = answer.headers
+            if previous and fields.get("Nats-Last-Sequence") != str(previous):
+                raise NatsError("stream", f"{self.connection.server}: an answer of the stream has a hole")
+            previous = int(fields["Nats-Sequence"])
+            messages.append(StoredMessage(previous, fields["Nats-Subject"], answer.payload))
+        return messages, closing.headers.get("Nats-Num-Pending") == "0"
+
+    async def _read_singly(self, sequence: int, limit: int) -> tuple[list[StoredMessage], bool]:
+        """As `read`, for streams that do not allow direct gets, and servers before 2.11."""
+        messages: list[StoredMessage] = []
+        while len(messages) < limit:
+            message = await self.next(sequence)
+            if message is None:
+                return messages, True
+            messages.append(message)
+            sequence = message.sequence + 1
+        return messages, False
+
+    async def next(self, sequence: int) -> StoredMessage | None:
+        """The first message at or after `sequence`, from the stream's leader: what it says is so."""
+        return await self._get({"seq": max(sequence, 1), "next_by_subj": self.subject})
+
+    async def get(self, sequence: int) -> StoredMessage | None:
+        """The message with exactly this sequence, whatever its subject, from the stream's leader."""
+        return await self._get({"seq": sequence})
+
+    async def _get(self, request: Mapping[str, Any]) -> StoredMessage | None:
+        try:
+            answer = (await self._api(f"STREAM.MSG.GET.{self.name}", request))["message"]
+        except JetStreamError as error:
+            if error.code == MESSAGE_NOT_FOUND:
+                return None
+            raise
+        return StoredMessage(int(answer["seq"]), answer["subject"], base64.b64decode(answer.get("data", "")))
+
+    async def first_at(self, moment: datetime) -> int | None:
+        """The sequence of the first message that was stored at or after `moment` (aware); None when there is none."""
+        if not (self.direct and self._batches):
+            return await self._first_at_by_bisection(moment)
+        answers = await self._direct(
+            {"start_time": moment.isoformat(), "batch": 1, "next_by_subj": self.subject},
+        )
+        return int(answers[0].headers["Nats-Sequence"]) if len(answers) > 1 else None
+
+    async def _first_at_by_bisection(self, moment: datetime) -> int | None:
+        """As `first_at`, with about twenty requests."""
+        info = await self.info()
+        if info is None:
+            return None
+        low, high = info.first, info.last + 1  # everything before low is earlier; what is at high or later is not
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                answer = await self._api(f"STREAM.MSG.GET.{self.name}", {"seq": middle, "next_by_subj": self.subject})
+            except JetStreamError as error:
+                if error.code != MESSAGE_NOT_FOUND:
+                    raise
+                high = middle
+                continue
+            if datetime.fromisoformat(answer["message"]["time"]) < moment:
+                low = int(answer["message"]["seq"]) + 1
+            else:
+                high = middle
+        found = await self.next(low)
+        return found.sequence if found is not None else None
+
+    async def _direct(self, request: Mapping[str, Any]) -> list[Message]:
+        """All answers to a batched direct get; the last is the closing status."""
+        return await self.connection.request_many(
+            f"$JS.API.DIRECT.GET.{self.name}", json.dumps(request).encode(), until=_closes
+        )
+
+    # -- consuming ---------------------------------------------------------------------------------------------------
+
+    async def consume(self, start: int) -> Consumer:
+        """A consumer whose first message is the first at or after `start`."""
+        inbox = await self.connection.subscribe(self.connection.new_inbox())
+        name = f"sse-trio-{token_hex(8)}"
+        try:
+            answer = await self._api(
+                f"CONSUMER.CREATE.{self.name}.{name}",
+                {
+                    "stream_name": self.name,
+                    "config": {
+                        "name": name,
+                        "deliver_subject": inbox.subject,
+                        "filter_subject": self.subject,
+                        "deliver_policy": "by_start_sequence",
+                        "opt_start_seq": start,
+                        "ack_policy": "none",
+                        "max_deliver": 1,
+                        "flow_control": True,
+                        "idle_heartbeat": round(HEARTBEAT * _SECOND),
+                        "mem_storage": True,
+                        "num_replicas": 1,
+                        "inactive_threshold": round(INACTIVE * _SECOND),
+                    },
+                },
+            )
+        except BaseException:
+            inbox.close()
+            raise
+        return Consumer(self, name, inbox, int(answer["num_pending"]))
+
+    async def forget(self, consumer: Consumer) -> None:
+        """Delete a consumer that is not needed any more; where that fails, the server does it after a while."""
+        consumer.inbox.close()
+        try:
+            await self._api(f"CONSUMER.DELETE.{self.name}.{consumer.name}")
+        except NatsError:
+            pass  # it is gone already, or it will be after INACTIVE seconds
+
+
+class Batch(NamedTuple):
+    """What a consumer has given since it was last asked."""
+
+    messages: list[StoredMessage]
+    pending: list[int]
+    """For each message, how many followed it in the stream when the server sent it."""
+    skipped_to: int
+    """Nothing else of ours is in the stream up to this sequence; 0 where that is not known."""
+
+
+class Consumer:
+    """An ordered consumer: its messages are complete and in order, or it raises `ConsumerBroken`."""
+
+    def __init__(self, stream: JetStream, name: str, inbox: Inbox, backlog: int) -> None:
+        self.stream = stream
+        self.name = name
+        self.inbox = inbox
+        self.backlog = backlog
+        """How many messages were waiting when it was created."""
+        self._delivered = 0
+        self._flow_control: list[str] = []
+        self._broken: str | None = None
+
+    async def take(self) -> Batch:
+        """Everything that has arrived; waits for something. By asking, the caller says that it is done with the last.
+
+        Raises:
+            ConsumerBroken: messages are missing, or the server has been silent for too long.
+            NatsError: the connection is dead.
+        """
+        for reply in self._flow_control:
+            self.stream.connection.publish_nowait(reply)
+        self._flow_control.clear()
+        if self._broken is not None:
+            raise ConsumerBroken(self._broken)
+        with trio.move_on_after(3 * HEARTBEAT) as scope:
+            arrived = await self.inbox.take()
+        if scope.cancelled_caught:
+            raise ConsumerBroken(f"no heartbeat for {3 * HEARTBEAT:g} s", silent=True)
+        if self.inbox.lost:
+            self._broken = f"{self.inbox.lost} messages did not fit into memory"
+        return self._sort(arrived)
+
+    def _sort(self, arrived: list[Message]) -> Batch:
+        """Take messages and control apart, up to the first sign that something is missing."""
+        messages: list[StoredMessage] = []
+        pending: list[int] = []
+        skipped_to = 0
+        for message in arrived:
+            if message.reply.startswith(b"$JS.ACK."):
+                # $JS.ACK.[domain.account.]stream.consumer.delivered.STREAM-SEQ.CONSUMER-SEQ.time.PENDING[.token]
+                tokens = message.reply.split(b".")
+                offset = 0 if len(tokens) == 9 else 2
+                consumer_sequence = int(tokens[6 + offset])
+                if consumer_sequence != self._delivered + 1:
+                    self._broken = f"message {self._delivered + 1} is missing, {consumer_sequence} came"
+                    break
+                self._delivered = consumer_sequence
+                messages.append(StoredMessage(int(tokens[5 + offset]), message.subject, message.payload))
+                pending.append(int(tokens[8 + offset]))
+                skipped_to = 0
+            elif message.status == 100:
+                if message.reply:
+                    self._flow_control.append(message.reply.decode())
+                    continue
+                fields = message.headers
+                if stalled := fields.get("Nats-Consumer-Stalled"):
+                    self._flow_control.append(stalled)
+                if fields.get("Nats-Last-Consumer") != str(self._delivered):
+                    self._broken = f"message {fields.get('Nats-Last-Consumer')} was sent, {self._delivered} came"
+                    break
+                if not stalled:
+                    skipped_to = int(fields.get("Nats-Last-Stream", "0"))
+            else:
+                self._broken = f"the server says: {message.status} {message.description}"
+                break
+        return Batch(messages, pending, skipped_to)
+
+
+def _closes(message: Message) -> bool:
+    """Whether this is the server's closing status, and no stored message with a status line of its publisher's."""
+    return message.status is not None and b"\r\nNats-Sequence:" not in (message.head or b"")
+
+
+def _version(server_info: Mapping[str, Any]) -> tuple[int, ...]:
+    numbers = str(server_info.get("version", "")).partition("-")[0].split(".")
+    return tuple(int(number) for number in numbers if number.isdigit())
+
+
+def base36(number: int) -> str:
+    """A non-negative number in the digits 0-9a-z."""
+    digits = ""
+    while number >= 36:
+        number, digit = divmod(number, 36)
+        digits = _DIGITS[digit] + digits
+    return _DIGITS[number] + digits
+
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
