@@ -1,20 +1,24 @@
-"""Everything that reaches below an ASGI `send`: the socket, deadlines, the end of a connection, the end of the server.
+"""Everything that reaches below an ASGI `send`: the socket, deadlines, the end of a connection, the end of
+the server.
 
-Strategy: Quart routes, and a `ConnectionResponse` is handed the connection in place of a body to iterate over. One
-walk, at each request, goes from `send` down through Hypercorn's HTTPStream and its protocol to the TCPServer, and puts
-a `DeadlineStream` below it; each step is checked by type. Where another server stands, or a Hypercorn that was built
-differently, that is said once, and the connection is plain ASGI. tests/test_pinned_insides.py names each inside used.
+Strategy: Quart routes, and a `ConnectionResponse` is handed the connection in place of a body to iterate
+over. One walk, at each request, goes from `send` down through Hypercorn's HTTPStream and its protocol to the
+TCPServer, and puts a `DeadlineStream` below it; each step is checked by type. Where another server stands, or
+a Hypercorn that was built differently, that is said once, and the connection is plain ASGI.
+tests/test_pinned_insides.py names each inside used.
 
 What always holds:
-* A connection has one writer at a time. What could not be written is its `rest`; nothing is written before it.
-* `write` has taken its payload when it is called, cancelled or not: a chunk is never left cut with something behind it.
-* Messages to Hypercorn run in a shield, since a cancel inside its `send` loses bytes that its protocols count as sent,
-  and its own cleaning up. The shield is bounded, and the stream below has a deadline.
+* A connection has one writer at a time. What could not be written is its `rest`; nothing is written before
+  it.
+* `write` has taken its payload when it is called, cancelled or not: a chunk is never left cut with something
+  behind it.
+* Messages to Hypercorn run in a shield, since a cancel inside its `send` loses bytes that its protocols count
+  as sent, and its own cleaning up. The shield is bounded, and the stream below has a deadline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
@@ -25,26 +29,30 @@ from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
+from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent
 from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioResponse
 
-from sse_trio.deadline import DeadlineStream, Stopping
+from sse_trio.deadline import DeadlineStream, OutOfPatience, Stopping
 
 __all__ = ["ASGIConnection", "Connection", "ConnectionResponse", "Worker", "Writable"]
 
 log = structlog.get_logger("sse_trio.connection")
 
 Headers = Iterable[tuple[bytes, bytes]]
+Respond = Callable[["Connection"], Awaitable[None]]
 
 BACKSTOP = 6
-"""A shield around a send to Hypercorn lasts this many write timeouts: the deadline below it ends it long before."""
+"""A shield around a send to Hypercorn lasts this many write timeouts: the deadline below it ends it long
+before."""
 
 
 class Writable(Protocol):
-    """Bytes for many clients: whole frames, and room for the chunk around them, made by the first that needs it."""
+    """Bytes for many clients: whole frames, and room for the chunk around them, made by the first that needs
+    it."""
 
     payload: bytes
     chunk: bytes | None
@@ -60,6 +68,7 @@ class Connection:
 
     __slots__ = (
         "_rest",
+        "_scope",
         "_send",
         "http_version",
         "is_tls",
@@ -73,6 +82,7 @@ class Connection:
     def __init__(self, scope: Any, send: ASGISendCallable, timeout: float, stopping: Stopping) -> None:
         self._send = send
         self._rest: bytes | memoryview | None = None
+        self._scope: trio.CancelScope | None = None
         self.method: str = scope["method"]
         self.http_version: str = scope["http_version"]
         self.is_tls: bool = scope["scheme"] == "https"
@@ -83,7 +93,7 @@ class Connection:
         self.stalled = False
         """Whether the peer was cut off because it took nothing for the timeout."""
 
-    # -- ASGI --------------------------------------------------------------------------------------------------------
+    # -- ASGI ------------------------------------------------------------------------------------------------
 
     async def send(self, message: ASGISendEvent) -> None:
         """The ASGI `send` for responses that are not ours. To a peer that is gone it sends into the void."""
@@ -97,7 +107,7 @@ class Connection:
             trio.BrokenResourceError: the peer is gone.
         """
         message = {"type": "http.response.start", "status": status, "headers": list(headers)}
-        await self._guarded(cast(ASGISendEvent, message))
+        await self._guarded(cast("ASGISendEvent", message))
 
     async def finish(self) -> None:
         """Write what is left, and end the body. The server then keeps, or closes, the connection.
@@ -116,7 +126,21 @@ class Connection:
             self.stalled = True
             raise trio.BrokenResourceError("the server has not taken a message in time")
 
-    # -- bodies ------------------------------------------------------------------------------------------------------
+    async def run(self, respond: Respond, receive: ASGIReceiveCallable) -> None:
+        """Run a response of ours; it is cancelled when the peer leaves."""
+        async with trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
+            nursery.start_soon(self._watch, receive)
+            await respond(self)
+            self._scope.cancel()
+
+    async def _watch(self, receive: ASGIReceiveCallable) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass  # a body that nobody asked for
+        assert self._scope is not None
+        self._scope.cancel()
+
+    # -- bodies ----------------------------------------------------------------------------------------------
 
     async def write(self, payload: bytes) -> None:
         """Write `payload`, after what is left of earlier ones. Waits for the peer, while that makes progress.
@@ -148,7 +172,8 @@ class Connection:
         return False
 
     def write_now(self, batch: Writable) -> bool:
-        """Write without waiting. True: all of it is written, or its end is the rest; False: nothing was taken.
+        """Write without waiting. True: all of it is written, or its end is the rest; False: nothing was
+        taken.
 
         Only while no other task writes, and after the head.
 
@@ -157,19 +182,25 @@ class Connection:
         """
         return False
 
-    # -- the peer ----------------------------------------------------------------------------------------------------
+    # -- the peer --------------------------------------------------------------------------------------------
 
     @property
     def spoke_early(self) -> bool:
-        """Whether the peer sent something after its request: Hypercorn then reads no more, and cannot see it leave."""
+        """Whether the peer sent something after its request: Hypercorn then reads no more, and cannot see it
+        leave."""
         return False
 
     def abort(self) -> None:
-        """Cut the peer off, at once."""
+        """Cut the peer off, at once, and cancel the response."""
+        if self._scope is not None:
+            self._scope.cancel()
 
     def unsent(self) -> int | None:
         """Bytes that the kernel holds because the peer has not taken them; None where that is not known."""
         return None
+
+    def release(self) -> None:
+        """The request is over, however it ended: leave nothing waiting for it."""
 
 
 class _HypercornConnection(Connection):
@@ -177,9 +208,7 @@ class _HypercornConnection(Connection):
 
     __slots__ = ("_http", "_transport")
 
-    def __init__(
-        self, scope: Any, send: ASGISendCallable, http: HTTPStream, transport: DeadlineStream
-    ) -> None:
+    def __init__(self, scope: Any, send: ASGISendCallable, http: HTTPStream, transport: DeadlineStream) -> None:
         super().__init__(scope, send, transport.timeout, transport.stopping)
         self._http = http
         self._transport = transport
@@ -196,6 +225,22 @@ class _HypercornConnection(Connection):
             self.stalled = self._transport.stalled
             raise trio.BrokenResourceError("the peer is gone")
 
+    async def run(self, respond: Respond, receive: ASGIReceiveCallable) -> None:
+        """As above, with no task of its own for the peer's leaving: Hypercorn's reader cancels the
+        response."""
+        self._scope = scope = trio.CancelScope()
+
+        async def hear(message: ASGIReceiveEvent) -> None:
+            if message["type"] == "http.disconnect":
+                scope.cancel()
+
+        self._http.app_put = hear
+        _drain(receive)
+        if self._http.closed:  # it said so to the queue
+            scope.cancel()
+        with scope:
+            await respond(self)
+
     async def _ready(self) -> None:
         """Wait until a message can be taken, so that little waiting is left for the shield."""
         try:
@@ -204,15 +249,13 @@ class _HypercornConnection(Connection):
             self.stalled = self._transport.stalled
             raise trio.BrokenResourceError("the peer is gone") from error
 
-    def abort(self) -> None:
-        self._transport.abort()
-
     def unsent(self) -> int | None:
         return self._transport.unsent()
 
 
 class _H11Connection(_HypercornConnection):
-    """HTTP/1.x. Without TLS and with chunks, bodies go straight to the socket, past h11, whose state stays right."""
+    """HTTP/1.x. Without TLS and with chunks, bodies go straight to the socket, past h11, whose state stays
+    right."""
 
     __slots__ = ("_chunked", "_protocol")
 
@@ -282,7 +325,27 @@ class _H11Connection(_HypercornConnection):
 
     def abort(self) -> None:
         self._chunked = False
-        super().abort()
+        self._transport.abort()
+        # All tasks of this connection: the reader may wait for the end of the response, and not see its own.
+        task_group = cast("TaskGroup", self._protocol.task_group)
+        assert task_group._nursery is not None, "it is open while a request's task runs in it"
+        task_group._nursery.cancel_scope.cancel()
+
+    def release(self) -> None:
+        # Hypercorn's reader waits until the response to the first request has ended. One that will not end,
+        # since it failed or the peer was cut off, would leave the reader waiting for ever.
+        unfinished = self._http.state is ASGIHTTPState.RESPONSE or self._http.closed
+        if self.spoke_early and unfinished and self._http.state is not ASGIHTTPState.CLOSED:
+            self.abort()
+
+
+def _drain(receive: Any) -> None:
+    """Empty the queue of a request that is not listened to any more: Hypercorn's reader may wait for room."""
+    channel = getattr(receive, "__self__", None)
+    if isinstance(channel, trio.MemoryReceiveChannel):
+        with suppress(trio.WouldBlock):
+            while True:
+                channel.receive_nowait()
 
 
 def _is_chunked(connection: Any) -> bool:
@@ -295,7 +358,8 @@ def _is_chunked(connection: Any) -> bool:
 
 
 class _H2Connection(_HypercornConnection):
-    """A stream of an HTTP/2 connection. It waits for its own flow control, and is cut off without the others."""
+    """A stream of an HTTP/2 connection. It waits for its own flow control, and is cut off without the
+    others."""
 
     __slots__ = ("_protocol",)
 
@@ -322,8 +386,8 @@ class _H2Connection(_HypercornConnection):
             return
         if buffer.buffer:
             try:
-                await self._transport.patiently(buffer.drain, lambda: len(buffer.buffer))
-            except trio.BrokenResourceError:
+                await self._transport.wait(buffer.drain, lambda: len(buffer.buffer))
+            except OutOfPatience:
                 self.stalled = True
                 self.abort()
                 raise
@@ -331,6 +395,7 @@ class _H2Connection(_HypercornConnection):
         await buffer._paused.set()
 
     def abort(self) -> None:
+        Connection.abort(self)
         self._protocol.task_group.spawn(self._reset)
 
     async def _reset(self) -> None:
@@ -353,7 +418,8 @@ class Worker:
         self.stopping: Stopping = context.terminated
 
     async def stop(self) -> None:
-        """Have the worker stop: it accepts nothing more and waits, within its grace period, for its connections."""
+        """Have the worker stop: it accepts nothing more and waits, within its grace period, for its
+        connections."""
         await self.context.terminate.set()
 
 
@@ -367,16 +433,15 @@ class _Seen:
 
 
 def _open(app: Any, scope: Any, send: ASGISendCallable) -> Connection:
-    """The connection below `send`. The first time in a server, the app hears of the `Worker`: `app.server_found`."""
+    """The connection below `send`. The first time in a server, the app hears of the `Worker`:
+    `app.server_found`."""
     timeout = float(app.config.get("SSE_WRITE_TIMEOUT", 10.0))
     seen: _Seen = app.extensions.setdefault("sse_trio.connection", _Seen())
     found = _beneath(send)
     if found is None:
         if not seen.unknown:
             seen.unknown = True
-            log.warning(
-                "unknown server: no write deadline, no abort, no word when it stops", send=repr(send)[:200]
-            )
+            log.warning("unknown server: no write deadline, no abort, no word when it stops", send=repr(send)[:200])
         return Connection(scope, send, timeout, seen.never)
     http, protocol, server = found
     if seen.context is not http.context:
@@ -417,12 +482,13 @@ def _adopt(server: TCPServer, timeout: float) -> DeadlineStream:
     if tls:
         stream.transport_stream = transport
     else:
-        cast(Any, server).stream = transport
+        cast("Any", server).stream = transport
     return transport
 
 
 class ConnectionResponse(TrioResponse):
-    """A response whose body is its own affair: everything up to the head is Quart's, then `respond` is called."""
+    """A response whose body is its own affair: everything up to the head is Quart's, then `respond` is
+    called."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -434,16 +500,33 @@ class ConnectionResponse(TrioResponse):
 
 
 class ASGIConnection(TrioASGIHTTPConnection):
-    """One HTTP request; set as `app.asgi_http_class`, so that every request of every route goes through here."""
+    """One HTTP request; set as `app.asgi_http_class`, so that every request of every route goes through here.
+
+    Quart does what it always does, up to the point where it would send a `ConnectionResponse`. That one is
+    kept until Quart has returned: nothing of the request, its context and its tasks is then left while the
+    response runs, which may be for hours.
+    """
 
     _connection: Connection
+    _ours: ConnectionResponse | None = None
+    _left = False
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         self._connection = _open(self.app, self.scope, send)
-        await super().__call__(receive, self._connection.send)
+        try:
+            await super().__call__(receive, self._connection.send)
+            response, self._ours = self._ours, None
+            if response is not None and not self._left:
+                await self._connection.run(response.respond, receive)
+        finally:
+            self._connection.release()
+
+    async def handle_messages(self, *args: Any) -> None:
+        await super().handle_messages(*args)
+        self._left = True  # it returns when the peer has left, and else is cancelled
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         if isinstance(response, ConnectionResponse):
-            await response.respond(self._connection)
+            self._ours = response
         else:
             await super()._send_response(send, response)

@@ -1,10 +1,11 @@
 """A socket stream whose writes end: a peer that takes nothing for too long is cut off.
 
-Strategy: Hypercorn writes inside a shield without a deadline, so no timeout around it can fire. This stream is put
-below Hypercorn (and below TLS) and brings the deadline along. What counts is time without progress, and progress is
-either that the kernel took bytes or that its send queue grew shorter: a slow reader keeps a socket unwritable for
-long, because the kernel waits for a third of the buffer to become free, and still it reads. The kernel is asked every
-`STEP` seconds at the latest, and only while a write is blocked; a write that is not blocked costs nothing extra.
+Strategy: Hypercorn writes inside a shield without a deadline, so no timeout around it can fire. This stream
+is put below Hypercorn (and below TLS) and brings the deadline along. What counts is time without progress,
+and progress is either that the kernel took bytes or that its send queue grew shorter: a slow reader keeps a
+socket unwritable for long, because the kernel waits for a third of the buffer to become free, and still it
+reads. The kernel is asked every `STEP` seconds at the latest, and only while a write is blocked; a write that
+is not blocked costs nothing extra.
 
 Once the server is stopping, the peer gets `STOPPING` seconds in all, progress or not: a shutdown is bounded.
 A peer that is cut off gets an RST, so that the kernel frees its buffer at once.
@@ -24,7 +25,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-__all__ = ["STOPPING", "DeadlineStream", "Stopping"]
+__all__ = ["STOPPING", "DeadlineStream", "OutOfPatience", "Patience", "Stopping"]
 
 Answer = TypeVar("Answer")
 
@@ -35,7 +36,8 @@ STEP = 0.5
 """Seconds between two looks at a blocked peer, at most; a quarter of the timeout where that is less."""
 
 SEND_BUFFER = 64 * 1024
-"""What the kernel is asked to hold at most for a peer that does not read (Linux doubles it, for its bookkeeping)."""
+"""What the kernel is asked to hold at most for a peer that does not read (Linux doubles it, for its
+bookkeeping)."""
 
 
 class Stopping(Protocol):
@@ -46,21 +48,61 @@ class Stopping(Protocol):
     async def wait(self) -> object: ...
 
 
-class DeadlineStream(trio.abc.HalfCloseableStream):
-    """A `trio.SocketStream` whose sends fail with `trio.BrokenResourceError` after `timeout` s without progress.
+class OutOfPatience(trio.BrokenResourceError):
+    """The peer has taken nothing for too long."""
 
-    Reading, closing and half-closing are the socket stream's own. `stalled` tells afterwards that the peer was cut
-    off for taking nothing.
-    """
 
-    __slots__ = ("_eof", "_sending", "_stop_at", "stalled", "stopping", "stream", "timeout")
+class Patience:
+    """How long one connection's peer is waited for."""
 
-    def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
-        self.stream = stream
+    __slots__ = ("_stop_at", "stopping", "timeout")
+
+    def __init__(self, timeout: float, stopping: Stopping) -> None:
         self.timeout = timeout
         self.stopping = stopping
-        self.stalled = False
         self._stop_at = math.inf
+
+    async def wait(self, wait: Callable[[], Awaitable[Answer]], left: Callable[[], int | None]) -> Answer:
+        """What `wait()` returns, given time while `left()` shrinks.
+
+        `wait` is cancelled and called again every now and then, so cancelling it must lose nothing.
+
+        Raises:
+            OutOfPatience: `left()` has not shrunk for `timeout` seconds, or the server has been
+                stopping for `STOPPING` seconds. Nothing has been done to the peer.
+        """
+        moved_at = trio.current_time()
+        before = left()
+        while True:
+            now = trio.current_time()
+            patience = self.timeout
+            if self.stopping.is_set():
+                patience = min(patience, STOPPING)
+                self._stop_at = min(self._stop_at, now + STOPPING)
+            ends_at = min(moved_at + patience, self._stop_at)
+            if now >= ends_at:
+                raise OutOfPatience("the peer takes nothing")
+            with trio.move_on_at(min(now + min(STEP, self.timeout / 4), ends_at)):
+                return await wait()
+            after = left()
+            if before is not None and after is not None and after < before:
+                moved_at = trio.current_time()
+            before = after
+
+
+class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
+    """A `trio.SocketStream` whose sends fail with `trio.BrokenResourceError` when patience runs out.
+
+    Reading, closing and half-closing are the socket stream's own. `stalled` tells afterwards that the peer
+    was cut off for taking nothing.
+    """
+
+    __slots__ = ("_eof", "_sending", "stalled", "stream")
+
+    def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
+        super().__init__(timeout, stopping)
+        self.stream = stream
+        self.stalled = False
         self._sending = False
         self._eof = False
 
@@ -70,11 +112,11 @@ class DeadlineStream(trio.abc.HalfCloseableStream):
         return self.stream.socket
 
     def bound_kernel(self) -> None:
-        """Bound what the kernel holds for this peer, and for how long it tries to reach one that has vanished."""
+        """Bound what the kernel holds for this peer, and for how long it looks for one that has vanished."""
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # Not a TCP socket: nobody can vanish without the kernel knowing.
+            # OSError: not a TCP socket, where nobody vanishes without the kernel knowing.
             with suppress(OSError):
                 milliseconds = math.ceil(self.timeout * 1000)
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -82,43 +124,10 @@ class DeadlineStream(trio.abc.HalfCloseableStream):
     def unsent(self) -> int | None:
         """Bytes that the kernel holds because the peer has not taken them; None where it does not say."""
         try:
-            return int(
-                struct.unpack("i", fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-            )
+            answer = fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
         except (OSError, ValueError):
             return None
-
-    async def patiently(
-        self, wait: Callable[[], Awaitable[Answer]], left: Callable[[], int | None]
-    ) -> Answer:
-        """What `wait()` returns, given time while `left()` shrinks.
-
-        Raises:
-            trio.BrokenResourceError: `left()` has not shrunk for `timeout` seconds, or the server has been stopping
-                for `STOPPING` seconds. Nothing has been done to the peer.
-
-        `wait` is cancelled and called again every now and then, so cancelling it must lose nothing.
-        """
-        moved_at = trio.current_time()
-        before = left()
-        while True:
-            patience = min(self.timeout, STOPPING) if self.stopping.is_set() else self.timeout
-            look_at = min(
-                trio.current_time() + min(STEP, self.timeout / 4), moved_at + patience, self._stop_at
-            )
-            with trio.move_on_at(look_at):
-                return await wait()
-            now = trio.current_time()
-            after = left()
-            if before is not None and after is not None and after < before:
-                moved_at = now
-            before = after
-            if self.stopping.is_set():
-                patience = min(self.timeout, STOPPING)
-                self._stop_at = min(self._stop_at, now + STOPPING)
-            if now >= min(moved_at + patience, self._stop_at):
-                self.stalled = True
-                raise trio.BrokenResourceError("the peer takes nothing")
+        return int(struct.unpack("i", answer)[0])
 
     def send_now(self, data: bytes | bytearray | memoryview) -> int:
         """The number of bytes of `data` that the kernel took without waiting; 0 when it has no room.
@@ -127,9 +136,7 @@ class DeadlineStream(trio.abc.HalfCloseableStream):
             trio.BrokenResourceError: the peer is gone.
             trio.ClosedResourceError: the stream was closed on this side.
         """
-        descriptor = (
-            self.socket.fileno()
-        )  # asked each time: the number of a closed one may be another connection's
+        descriptor = self.socket.fileno()  # asked each time: the number of a closed one may be another connection's
         if descriptor < 0 or self._eof:
             raise trio.ClosedResourceError("the stream was closed")
         try:
@@ -147,17 +154,13 @@ class DeadlineStream(trio.abc.HalfCloseableStream):
         if sent := self.send_now(data):
             return sent
 
-        async def wait() -> int:
+        async def wait_and_send() -> int:
             while True:
                 await trio.lowlevel.wait_writable(self.socket.fileno())
                 if sent := self.send_now(data):
                     return sent
 
-        try:
-            return await self.patiently(wait, self.unsent)
-        except trio.BrokenResourceError:
-            self.abort()
-            raise
+        return await self._wait(wait_and_send)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self._sending:
@@ -185,9 +188,13 @@ class DeadlineStream(trio.abc.HalfCloseableStream):
 
     async def wait_writable(self) -> None:
         """Wait until the kernel has room; a peer that takes nothing for too long is cut off."""
+        await self._wait(self.stream.wait_send_all_might_not_block)
+
+    async def _wait(self, wait: Callable[[], Awaitable[Answer]]) -> Answer:
         try:
-            await self.patiently(self.stream.wait_send_all_might_not_block, self.unsent)
-        except trio.BrokenResourceError:
+            return await self.wait(wait, self.unsent)
+        except OutOfPatience:
+            self.stalled = True
             self.abort()
             raise
 
@@ -204,7 +211,8 @@ class DeadlineStream(trio.abc.HalfCloseableStream):
         await self.stream.aclose()
 
     def abort(self) -> None:
-        """Close at once, with an RST: what the kernel still held for the peer is dropped, and it learns of it."""
+        """Close at once, with an RST: what the kernel still held for the peer is dropped, and it learns of
+        it."""
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()

@@ -1,0 +1,750 @@
+"""What the connection promises, shown on a real Hypercorn over real sockets: HTTP/1.0, HTTP/1.1, TLS and
+HTTP/2.
+
+Each test serves a small app whose one stream runs the test's own script against its connection. The clients
+are bare sockets (and the h2 package), for the peers that matter here read slowly, or not at all, or leave
+without a word.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import hypercorn.trio
+import pytest
+import structlog.testing
+import trio
+import trustme
+from hypercorn.config import Config
+from quart import Response
+from quart.utils import encode_headers
+from quart_trio import QuartTrio
+from support import WITHIN, Dechunker, eventually, fail_within
+
+from sse_trio.connection import ASGIConnection, Connection, ConnectionResponse, Worker, chunk
+
+TIMEOUT = 1.0
+"""The write timeout of these servers, in seconds."""
+
+SLACK = 2.0
+"""Seconds that a busy machine may be late."""
+
+FRAME = b"event: discovery\ndata: {}\nid: x-1\n\n"
+HUGE = FRAME * 300_000
+"""More than the kernel holds for a peer that does not read."""
+
+Script = Callable[[Connection], Awaitable[None]]
+
+
+class Scripted(ConnectionResponse):
+    """The stream of these tests: what happens on the connection is the test's affair."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__("", content_type="text/event-stream")
+        self.headers.pop("Content-Length", None)
+        self.script = script
+
+    async def respond(self, connection: Connection) -> None:
+        await connection.start(200, encode_headers(self.headers))
+        await self.script(connection)
+
+
+@dataclass
+class Batch:
+    payload: bytes
+    chunk: bytes | None = None
+
+
+class Errors(logging.Handler):
+    """What Hypercorn logs as an error: the exceptions of the app."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(self.format(record))
+
+
+@dataclass
+class Server:
+    """A Hypercorn in this process."""
+
+    port: int
+    tls: bool
+    stop: trio.Event = field(default_factory=trio.Event)
+    stopped: trio.Event = field(default_factory=trio.Event)
+    errors: Errors = field(default_factory=Errors)
+    workers: list[Worker] = field(default_factory=list)
+
+    async def connect(self, *, rcvbuf: int | None = None, alpn: str = "http/1.1") -> Any:
+        """A SocketStream, or an SSLStream, to this server."""
+        sock = trio.socket.socket()
+        if rcvbuf is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        await sock.connect(("127.0.0.1", self.port))
+        stream = trio.SocketStream(sock)
+        if not self.tls:
+            return stream
+        context = ssl.create_default_context()
+        authority().configure_trust(context)
+        context.set_alpn_protocols([alpn])
+        secure = trio.SSLStream(stream, context, server_hostname="localhost", https_compatible=True)
+        await secure.do_handshake()
+        return secure
+
+
+@cache
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@asynccontextmanager
+async def serving(
+    script: Script | None = None,
+    *,
+    tls: str | Literal[False] = False,
+    timeout: float = TIMEOUT,
+    http_class: type[ASGIConnection] = ASGIConnection,
+    graceful: float = 30.0,
+    **settings: Any,
+) -> AsyncIterator[Server]:
+    """A Hypercorn with a stream at /stream, ordinary answers elsewhere; stopped at the end, and no error was
+    logged."""
+    app = QuartTrio(__name__)
+    app.asgi_http_class = http_class
+    app.config["SSE_WRITE_TIMEOUT"] = timeout
+    server = Server(0, bool(tls))
+    app.server_found = server.workers.append  # type: ignore[attr-defined]
+
+    @app.get("/stream")
+    async def stream() -> Response:
+        assert script is not None
+        return Scripted(script)
+
+    @app.get("/plain")
+    async def plain() -> str:
+        return "plain"
+
+    @app.get("/huge")
+    async def huge() -> Response:
+        return Response(HUGE)
+
+    @app.post("/echo")
+    async def echo() -> str:
+        from quart import request
+
+        return str(len(await request.get_data(as_text=False)))
+
+    config = Config()
+    config.bind = ["127.0.0.1:0"]
+    config.graceful_timeout = graceful
+    config.keep_alive_timeout = 1000.0
+    logger = logging.Logger("hypercorn of a test")
+    logger.addHandler(server.errors)
+    config.errorlog = logger
+    if tls:
+        config.certfile = config.keyfile = tls
+    for name, value in settings.items():
+        setattr(config, name, value)
+
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status: trio.TaskStatus[list[str]]) -> None:
+            await hypercorn.trio.serve(app, config, shutdown_trigger=server.stop.wait, task_status=task_status)
+            server.stopped.set()
+
+        (bind,) = await nursery.start(serve)
+        server.port = int(bind.rpartition(":")[2])
+        yield server
+        server.stop.set()
+        with fail_within(WITHIN, "the server stops"):
+            await server.stopped.wait()
+    assert server.errors.texts == []
+
+
+@pytest.fixture
+def certificate(tmp_path: Any) -> str:
+    """A certificate for localhost, and its key."""
+    path = tmp_path / "localhost.pem"
+    authority().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(path)
+    return str(path)
+
+
+def get(path: str, *, version: str = "1.1", method: str = "GET", close: bool = False) -> bytes:
+    connection = "Connection: close\r\n" if close else ""
+    return f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n{connection}\r\n".encode()
+
+
+async def write_on(connection: Connection) -> None:
+    while True:
+        await connection.write(FRAME)
+
+
+async def read_to_end(stream: Any) -> bytes:
+    heard = bytearray()
+    with fail_within(WITHIN, "the peer closes"):
+        while data := await stream.receive_some(1 << 16):
+            heard += data
+    return bytes(heard)
+
+
+async def read_until(stream: Any, what: bytes) -> bytes:
+    heard = b""
+    with fail_within(WITHIN, f"the peer says {what[:100]!r}"):
+        while what not in heard:
+            data = await stream.receive_some(1 << 16)
+            assert data, f"closed after {heard[-1000:]!r}"
+            heard += data
+    return heard
+
+
+def body_of(answer: bytes) -> tuple[bytes, Dechunker]:
+    """The body of a chunked answer, and the reader that has read it."""
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    assert b"chunked" in head.lower()
+    dechunker = Dechunker()
+    return dechunker.feed(rest), dechunker
+
+
+def was_reset(stream: Any) -> bool:
+    """Whether an RST has come, asked without reading."""
+    inner = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    return int(inner.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) == errno.ECONNRESET
+
+
+class Gate:
+    """What a script tells its test."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.reached = trio.Event()
+        self.go = trio.Event()
+        self.ended = trio.Event()
+        self.began_at = self.ended_at = 0.0
+        self.error: BaseException | None = None
+
+    async def stall(self, connection: Connection) -> None:
+        """Write more than the peer will take, and note when that was given up."""
+        self.connection = connection
+        self.began_at = trio.current_time()
+        self.reached.set()
+        try:
+            while True:
+                await connection.write(FRAME * 10_000)
+        except trio.BrokenResourceError as error:
+            self.error = error
+        finally:
+            self.ended_at = trio.current_time()
+            self.ended.set()
+
+    async def stand(self, connection: Connection) -> None:
+        """Say that the stream stands, and do no more."""
+        self.connection = connection
+        await connection.write(FRAME)
+        self.reached.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.ended.set()
+
+    async def wait(self) -> None:
+        with fail_within(WITHIN, "the script ends"):
+            await self.ended.wait()
+
+
+# -- the body's framing --------------------------------------------------------------------------------------
+
+
+async def test_a_stream_over_http_1_1_is_written_in_chunks_and_ends_with_the_last_one() -> None:
+    async def script(connection: Connection) -> None:
+        assert (connection.method, connection.http_version, connection.is_tls) == ("GET", "1.1", False)
+        assert connection.peer is not None
+        assert connection.peer[0] == "127.0.0.1"
+        assert connection.can_write_now
+        await connection.write(FRAME)
+        batch = Batch(FRAME * 2)
+        assert connection.write_now(batch)
+        assert batch.chunk == chunk(FRAME * 2)
+        assert connection.write_now(Batch(b"ignored: the chunk is made already", chunk(FRAME * 3)))
+        await connection.write(b"")
+        assert not connection.has_rest
+        await connection.finish()
+        assert not connection.can_write_now
+
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream", close=True))
+        _, dechunker = body_of(await read_to_end(peer))
+        assert dechunker.chunks == [FRAME, FRAME * 2, FRAME * 3]
+        assert dechunker.ended
+        assert dechunker.buffer == b""
+
+
+async def test_the_connection_serves_the_next_request_after_a_stream_has_ended() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+        await connection.finish()
+
+    async with serving(script) as server, await server.connect() as peer:
+        for _ in range(3):
+            await peer.send_all(get("/stream"))
+            answer = await read_until(peer, b"\r\n0\r\n\r\n")
+            assert body_of(answer)[0] == FRAME
+        await peer.send_all(get("/plain", close=True))
+        assert (await read_to_end(peer)).endswith(b"\r\n\r\nplain")
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    async def script(connection: Connection) -> None:
+        assert not connection.can_write_now
+        await connection.write(FRAME)
+        await connection.write(FRAME)
+        await connection.finish()
+
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream", version="1.0"))
+        head, _, body = (await read_to_end(peer)).partition(b"\r\n\r\n")
+        assert b"chunked" not in head.lower()
+        assert body == FRAME * 2
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_head_gets_no_body(certificate: str, secure: bool) -> None:
+    async def script(connection: Connection) -> None:
+        assert not connection.can_write_now
+        await connection.write(FRAME)
+        await connection.finish()
+
+    async with serving(script, tls=secure and certificate) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream", method="HEAD", close=True))
+        head, _, body = (await read_to_end(peer)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert body == b""
+
+
+async def test_a_stream_under_tls_goes_through_hypercorn(certificate: str) -> None:
+    async def script(connection: Connection) -> None:
+        assert connection.is_tls
+        assert not connection.can_write_now
+        await connection.write(FRAME)
+        await connection.write(FRAME * 2)
+        await connection.finish()
+
+    async with serving(script, tls=certificate) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream", close=True))
+        body, dechunker = body_of(await read_to_end(peer))
+        assert body == FRAME * 3
+        assert dechunker.ended
+
+
+async def test_a_write_cancelled_in_mid_chunk_leaves_the_rest_to_be_written_first() -> None:
+    payloads = [FRAME * 200_000, b"event: goodbye\ndata: {}\n\n"]
+    cut = trio.Event()
+
+    async def script(connection: Connection) -> None:
+        with trio.move_on_after(0.1) as scope:
+            await connection.write(payloads[0])
+        assert scope.cancelled_caught
+        assert connection.has_rest
+        assert not connection.can_write_now
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await connection.write(payloads[1])
+        assert scope.cancelled_caught
+        cut.set()
+        await connection.finish()
+
+    async with serving(script, timeout=WITHIN) as server, await server.connect(rcvbuf=4096) as peer:
+        await peer.send_all(get("/stream", close=True))
+        with fail_within(WITHIN, "the write is cut"):
+            await cut.wait()
+        _, dechunker = body_of(await read_to_end(peer))
+        assert dechunker.chunks == payloads
+        assert dechunker.ended
+
+
+async def test_a_chunk_that_the_kernel_cuts_is_kept_and_written_before_anything_else() -> None:
+    batches = [Batch(b"%06d" % number + FRAME * 100) for number in range(2000)]
+    taken: list[bytes] = []
+    cut = trio.Event()
+
+    async def script(connection: Connection) -> None:
+        for batch in batches:
+            if not connection.write_now(batch):
+                break
+            taken.append(batch.payload)
+            if connection.has_rest:
+                break
+        cut.set()
+        assert not connection.can_write_now or not connection.has_rest
+        await connection.write_rest()
+        assert not connection.has_rest
+        await connection.write(b"last")
+        taken.append(b"last")
+        await connection.finish()
+
+    async with serving(script, timeout=WITHIN) as server, await server.connect(rcvbuf=4096) as peer:
+        await peer.send_all(get("/stream", close=True))
+        with fail_within(WITHIN, "the kernel takes no more"):
+            await cut.wait()
+        assert 1 < len(taken) < len(batches)
+        _, dechunker = body_of(await read_to_end(peer))
+        assert dechunker.chunks == taken
+        assert dechunker.ended
+
+
+async def test_a_rest_is_a_view_of_the_chunk_that_all_share() -> None:
+    gate = Gate()
+    batch = Batch(FRAME * 300_000)
+
+    async def script(connection: Connection) -> None:
+        assert connection.write_now(batch)
+        rest = connection._rest
+        assert isinstance(rest, memoryview)
+        assert rest.obj is batch.chunk
+        gate.ended.set()
+
+    async with serving(script) as server, await server.connect(rcvbuf=4096) as peer:
+        await peer.send_all(get("/stream"))
+        await gate.wait()
+
+
+async def test_nothing_is_taken_while_the_kernel_is_full() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        small = Batch(FRAME)
+        for _ in range(1 << 20):
+            if not connection.write_now(small) or connection.has_rest:
+                break
+        with trio.move_on_after(0.05):
+            await connection.write_rest()
+        if not connection.has_rest:
+            assert not connection.write_now(small)
+            assert not connection.has_rest
+        gate.ended.set()
+
+    async with serving(script) as server, await server.connect(rcvbuf=4096) as peer:
+        await peer.send_all(get("/stream"))
+        await gate.wait()
+
+
+# -- peers that do not read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_stream_to_a_peer_that_stops_reading_is_cut_off_after_the_timeout(
+    certificate: str, secure: bool
+) -> None:
+    gate = Gate()
+    async with serving(gate.stall, tls=secure and certificate) as server, await server.connect(rcvbuf=4096) as peer:
+        await peer.send_all(get("/stream"))
+        await gate.wait()
+        assert isinstance(gate.error, trio.BrokenResourceError)
+        assert gate.connection is not None
+        assert gate.connection.stalled
+        # What a peer's kernel holds is taken at once, so its silence began when the first write did, or
+        # little later.
+        assert TIMEOUT <= gate.ended_at - gate.began_at <= TIMEOUT * 1.25 + SLACK
+        await eventually(lambda: was_reset(peer), "the peer gets an RST")
+        await peer.aclose() if not secure else await trio.aclose_forcefully(peer)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_an_ordinary_answer_to_a_peer_that_stops_reading_is_cut_off_after_the_timeout(
+    certificate: str, secure: bool
+) -> None:
+    async with serving(tls=secure and certificate) as server, await server.connect(rcvbuf=4096) as peer:
+        began = trio.current_time()
+        await peer.send_all(get("/huge"))
+        await eventually(lambda: was_reset(peer), "the peer gets an RST")
+        assert TIMEOUT <= trio.current_time() - began <= TIMEOUT * 1.25 + SLACK
+        await trio.aclose_forcefully(peer)
+
+
+async def test_a_slow_reader_that_goes_on_reading_is_not_cut_off() -> None:
+    gate = Gate()
+    payload = FRAME * 3000
+
+    async def script(connection: Connection) -> None:
+        gate.began_at = trio.current_time()
+        await connection.write(payload)
+        gate.ended_at = trio.current_time()
+        await connection.finish()
+
+    async with serving(script) as server, await server.connect(rcvbuf=4096) as peer:
+        await peer.send_all(get("/stream", close=True))
+        heard = b""
+        with fail_within(WITHIN, "the slow reader reads to the end"):
+            while data := await peer.receive_some(2048):
+                heard += data
+                await trio.sleep(0.1)  # what makes the reader slow
+        body, dechunker = body_of(heard)
+        assert body == payload
+        assert dechunker.ended
+        assert gate.ended_at - gate.began_at > 2 * TIMEOUT, "the reader was too fast to show anything"
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_shutdown_is_not_held_up_by_a_peer_that_stopped_reading(certificate: str, secure: bool) -> None:
+    gate = Gate()
+    async with (
+        serving(gate.stall, tls=secure and certificate, timeout=60.0, graceful=0.5) as server,
+        await server.connect(rcvbuf=4096) as peer,
+    ):
+        await peer.send_all(get("/stream"))
+        with fail_within(WITHIN, "the stream begins"):
+            await gate.reached.wait()
+        assert gate.connection is not None
+        assert not gate.connection.stopping.is_set()
+        server.stop.set()
+        began = trio.current_time()
+        with fail_within(WITHIN, "the server stops"):
+            await server.stopped.wait()
+        assert trio.current_time() - began <= 2.5 + SLACK
+        assert gate.connection.stopping.is_set()
+        await trio.aclose_forcefully(peer)
+
+
+async def test_abort_resets_the_peer_at_once() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+        await gate.go.wait()
+        connection.abort()
+        assert not connection.can_write_now
+        assert connection.unsent() is None
+        with trio.CancelScope(shield=True):
+            with pytest.raises(trio.BrokenResourceError):
+                await connection.write(FRAME)
+            with pytest.raises(trio.BrokenResourceError):
+                await connection.finish()
+        gate.connection = connection
+        try:
+            await trio.sleep_forever()
+        finally:
+            gate.ended.set()
+
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream"))
+        await read_until(peer, FRAME)
+        gate.go.set()
+        await gate.wait()
+        with pytest.raises(trio.BrokenResourceError), fail_within(WITHIN, "the peer learns of it"):
+            await peer.receive_some()
+
+
+async def test_a_descriptor_that_was_given_to_another_connection_is_not_written_to() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        assert connection.can_write_now
+        connection._transport.socket.close()  # type: ignore[attr-defined]
+        left, right = socket.socketpair()
+        with left, right, pytest.raises(trio.BrokenResourceError):
+            connection.write_now(Batch(FRAME))
+        gate.ended.set()
+
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream"))
+        await gate.wait()
+
+
+# -- peers that leave ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["close", "half-close", "reset"])
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_peer_that_leaves_ends_its_stream(certificate: str, secure: bool, how: str) -> None:
+    gate = Gate()
+    async with serving(gate.stand, tls=secure and certificate) as server:
+        peer = await server.connect()
+        await peer.send_all(get("/stream"))
+        await read_until(peer, FRAME)
+        inner = peer.transport_stream if secure else peer
+        if how == "reset":
+            inner.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if how == "half-close":
+            await inner.send_eof()
+        else:
+            await inner.aclose()
+        await gate.wait()
+        await trio.aclose_forcefully(peer)
+
+
+async def test_a_write_to_a_peer_that_has_left_says_so() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+        with pytest.raises(trio.BrokenResourceError), trio.move_on_after(WITHIN, shield=True):
+            await write_on(connection)
+        assert not connection.stalled
+        gate.ended.set()
+
+    async with serving(script) as server:
+        peer = await server.connect()
+        await peer.send_all(get("/stream"))
+        await read_until(peer, FRAME)
+        await peer.aclose()
+        await gate.wait()
+
+
+async def test_a_peer_that_speaks_after_its_request_is_noticed() -> None:
+    gate = Gate()
+    async with serving(gate.stand) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream"))
+        await read_until(peer, FRAME)
+        assert gate.connection is not None
+        assert not gate.connection.spoke_early
+        await peer.send_all(b"G")
+        await eventually(lambda: gate.connection is not None and gate.connection.spoke_early, "it was heard")
+        gate.connection.abort()
+
+
+@pytest.mark.parametrize("path", ["/stream", "/huge"])
+async def test_a_peer_that_spoke_early_and_was_cut_off_leaves_nothing_behind(path: str) -> None:
+    gate = Gate()
+    async with serving(gate.stall) as server, await server.connect(rcvbuf=4096) as peer:
+        # Hypercorn's reader waits for the end of an answer that will have none.
+        await peer.send_all(get(path) + get("/plain"))
+        await eventually(lambda: was_reset(peer), "the peer gets an RST")
+        server.stop.set()
+        began = trio.current_time()
+        with fail_within(WITHIN, "the server stops"):
+            await server.stopped.wait()
+        assert trio.current_time() - began <= SLACK
+
+
+async def test_a_stream_that_is_left_unfinished_for_a_peer_that_spoke_early_leaves_nothing_behind() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+        await gate.go.wait()
+        assert connection.spoke_early
+
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream") + b"G")
+        await read_until(peer, FRAME)
+        gate.go.set()
+        with pytest.raises(trio.BrokenResourceError):
+            await read_to_end(peer)
+        server.stop.set()
+        began = trio.current_time()
+        with fail_within(WITHIN, "the server stops"):
+            await server.stopped.wait()
+        assert trio.current_time() - began <= SLACK
+
+
+async def test_a_streams_own_failure_ends_that_stream_and_nothing_else() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+        if connection is not gate.connection and gate.connection is not None:
+            raise RuntimeError("a bug")
+        await gate.stand(connection)
+
+    async with serving(script) as server, await server.connect() as healthy, await server.connect() as peer:
+        await healthy.send_all(get("/stream"))
+        await read_until(healthy, FRAME * 1)
+        with fail_within(WITHIN, "the healthy stream stands"):
+            await gate.reached.wait()
+        await peer.send_all(get("/stream"))
+        _, dechunker = body_of(await read_to_end(peer))
+        assert not dechunker.ended, "a stream that failed does not look as if it had ended"
+        await eventually(lambda: server.errors.texts, "the failure is logged")
+        assert "a bug" in server.errors.texts.pop()
+        assert gate.connection is not None
+        assert gate.connection.write_now(Batch(b"still here"))
+        await read_until(healthy, b"still here")
+
+
+# -- connections that end ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_", [get("/plain", close=True), get("/plain", version="1.0")], ids=["close", "1.0"])
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_connection_that_is_not_to_be_kept_is_closed_after_the_answer(
+    certificate: str, secure: bool, request_: bytes
+) -> None:
+    async with serving(tls=secure and certificate) as server, await server.connect() as peer:
+        await peer.send_all(request_)
+        assert (await read_to_end(peer)).endswith(b"\r\n\r\nplain")
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(certificate: str, secure: bool) -> None:
+    tls = secure and certificate
+    async with serving(tls=tls, keep_alive_timeout=0.5) as server, await server.connect() as peer:
+        await peer.send_all(get("/plain"))
+        await read_until(peer, b"plain")
+        began = trio.current_time()
+        await read_to_end(peer)
+        assert 0.4 <= trio.current_time() - began <= 0.5 + SLACK
+
+
+async def test_an_idle_connection_does_not_hold_up_a_shutdown() -> None:
+    async with serving(graceful=20.0) as server, await server.connect() as peer:
+        await peer.send_all(get("/plain"))
+        await read_until(peer, b"plain")
+        server.stop.set()
+        began = trio.current_time()
+        with fail_within(WITHIN, "the server stops"):
+            await server.stopped.wait()
+        assert trio.current_time() - began <= SLACK
+
+
+# -- the server ----------------------------------------------------------------------------------------------
+
+
+async def test_the_app_hears_of_its_worker_once_and_can_stop_it() -> None:
+    async with serving() as server:
+        for _ in range(3):
+            async with await server.connect() as peer:
+                await peer.send_all(get("/plain", close=True))
+                await read_to_end(peer)
+        (worker,) = server.workers
+        assert not worker.stopping.is_set()
+        await worker.stop()
+        with fail_within(WITHIN, "the worker stops"):
+            await worker.stopping.wait()
+            await server.stopped.wait()
+
+
+async def test_under_an_unknown_server_streams_are_plain_asgi_and_that_is_said_once() -> None:
+    app = QuartTrio(__name__)
+    app.asgi_http_class = ASGIConnection
+
+    async def script(connection: Connection) -> None:
+        assert not connection.can_write_now
+        assert not connection.write_now(Batch(FRAME))
+        assert not connection.stopping.is_set()
+        assert not connection.spoke_early
+        assert connection.unsent() is None
+        await connection.write(FRAME)
+        await connection.finish()
+        connection.abort()
+
+    @app.get("/stream")
+    async def stream() -> Response:
+        return Scripted(script)
+
+    client = app.test_client()
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            response = await client.get("/stream")
+            assert response.status_code == 200
+            assert await response.get_data(as_text=False) == FRAME
+    assert [entry["log_level"] for entry in logs if "unknown server" in entry["event"]] == ["warning"]
