@@ -27,7 +27,9 @@ from sse_trio.connection import ASGIConnection, Worker
 from sse_trio.logs import configure_logging
 from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed
-from sse_trio.routes import Services, create_blueprint
+from sse_trio.reader import Reader
+from sse_trio.routes import create_blueprint
+from sse_trio.services import Services
 from sse_trio.settings import Settings, SettingsError
 
 __all__ = ["App", "app", "create_app"]
@@ -105,6 +107,8 @@ class App(QuartTrio):
             feed=self.feed,
             access=access,
             metrics=Metrics(self.broadcaster, self.feed, access),
+            reader=Reader(self.broadcaster, self.feed.backlog),
+            backlog=self.feed.backlog,
             instance=f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}",
         )
         self.register_blueprint(create_blueprint(self.services))

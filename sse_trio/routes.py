@@ -1,41 +1,32 @@
 """The HTTP surface, boring on purpose: read the request, ask `access`, answer from what the others know.
 
-Every refusal is one `problem` (RFC 9457). What a parameter may be stands in `parameters_of`, where it is read; the
-stream itself is `stream.EventStream`.
+Every refusal is one `problem` (RFC 9457). What the filter's parameters may be stands in `services.filter_of`; the
+stream itself is `stream.EventStream`; discoveries as resources are in `resources`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 import time
-from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
 from importlib.resources import files
 from mimetypes import guess_type
-from typing import Any
 
 import structlog
 from quart import Blueprint, Response, request
 from quart.typing import ResponseReturnValue
-from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException
 
-from sse_trio.access import Access, Grant, Refused, forbidden
-from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import Filter
-from sse_trio.discovery import DISCOVERY_TYPES
+from sse_trio.access import Refused, forbidden
 from sse_trio.history import event_id
-from sse_trio.metrics import CONTENT_TYPE, Metrics
-from sse_trio.nats_feed import NatsFeed
-from sse_trio.settings import Settings
-from sse_trio.sse import compact
-from sse_trio.stream import Backlog, EventStream
-from sse_trio.subjects import is_pattern
+from sse_trio.metrics import CONTENT_TYPE
+from sse_trio.resources import add_resources
+from sse_trio.services import InvalidParameters, Services, filter_of, grant_of_sender, json_answer, problem
+from sse_trio.stream import EventStream
 
-__all__ = ["InvalidParameters", "Services", "create_blueprint", "filter_of", "problem"]
+__all__ = ["create_blueprint"]
 
 log = structlog.get_logger("sse_trio.routes")
 
@@ -52,98 +43,6 @@ PAGE_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-
-
-@dataclass
-class Services:
-    """What the routes answer from: one of each for a process."""
-
-    settings: Settings
-    broadcaster: Broadcaster
-    feed: NatsFeed
-    access: Access
-    metrics: Metrics
-    instance: str
-    backlog: Backlog | None = None
-    draining: bool = False
-    """Whether `/health` says no already, so that a balancer sends nobody new."""
-
-
-def problem(
-    status: int, detail: str, *, title: str | None = None, headers: dict[str, str] | None = None, **more: Any
-) -> Response:
-    """An error as `application/problem+json` (RFC 9457)."""
-    body = {
-        "type": "about:blank",
-        "title": title or HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-    } | more
-    answer = Response(compact(body), status, content_type="application/problem+json")
-    answer.headers["Cache-Control"] = "no-store"
-    answer.headers.update(headers or {})
-    return answer
-
-
-def json_answer(body: Any, status: int = 200) -> Response:
-    answer = Response(compact(body), status, content_type="application/json")
-    answer.headers["Cache-Control"] = "no-store"
-    return answer
-
-
-class InvalidParameters(Exception):
-    """Query parameters that cannot be used; `errors` names each and says what it takes."""
-
-    def __init__(self, errors: list[dict[str, str]]) -> None:
-        super().__init__("; ".join(f"{error['field']}: {error['message']}" for error in errors))
-        self.errors = errors
-
-
-def filter_of(query: MultiDict[str, str], grant: Grant) -> Filter:
-    """The filter that a query asks for, within what the grant lets it hear.
-
-    Raises:
-        InvalidParameters: a value is not of its parameter's form.
-        Refused: 403, a `subject` pattern reaches beyond the grant.
-    """
-    errors: list[dict[str, str]] = []
-
-    def wrong(field: str, message: str) -> None:
-        errors.append({"field": field, "message": message})
-
-    by_lower = {name.lower(): name for name in DISCOVERY_TYPES}
-    types = query.getlist("type")
-    if any(name.lower() not in by_lower for name in types):
-        wrong("type", f"one of {', '.join(DISCOVERY_TYPES)}")
-    for field in ("role", "agent"):
-        if any(not value for value in query.getlist(field)):
-            wrong(field, "a name, not empty")
-    confidence = 0.0
-    if "min_confidence" in query:
-        try:
-            confidence = float(query["min_confidence"])
-        except ValueError:
-            confidence = math.nan
-        if not 0 <= confidence <= 1 or not query["min_confidence"].isascii():
-            wrong("min_confidence", "a number from 0 to 1")
-    subjects = query.getlist("subject")
-    if not all(map(is_pattern, subjects)):
-        wrong("subject", "a NATS subject: tokens joined by dots, * for one, > for the rest")
-    if query.get("detail", "full") != "full":
-        wrong("detail", "full, or leave it out")
-    if errors:
-        raise InvalidParameters(errors)
-    if not all(map(grant.may_ask_for, subjects)):
-        raise forbidden("the token does not let you hear that subject")
-    return Filter(
-        types=frozenset(by_lower[name.lower()] for name in types),
-        roles=frozenset(query.getlist("role")),
-        agents=frozenset(query.getlist("agent")),
-        min_confidence=confidence,
-        subjects=tuple(sorted(set(subjects))),
-        granted=grant.subjects,
-        full="detail" in query,
-    )
 
 
 @cache
@@ -215,17 +114,8 @@ def create_blueprint(services: Services) -> Blueprint:
         log.exception("a request failed", path=request.path, exc_info=error)
         return problem(500, "this is a bug of the server; its log says more")
 
-    async def grant_of_sender() -> Grant:
-        host, origin, peer = request.headers.get("Host"), request.headers.get("Origin"), request.remote_addr
-        return await access.authenticate(
-            request.headers,
-            method=request.method,
-            secure=access.is_secure(peer, request.headers, request.scheme),
-            local=access.is_local(peer, host, request.headers, origin),
-        )
-
     async def require_admin() -> None:
-        if not (await grant_of_sender()).is_admin:
+        if not (await grant_of_sender(services)).is_admin:
             detail = "this is for administrators" if access.authenticates else "this answers a local sender only"
             raise forbidden(detail)
 
@@ -233,7 +123,7 @@ def create_blueprint(services: Services) -> Blueprint:
 
     @routes.get("/discoveries/stream")
     async def stream() -> Response:
-        grant = await grant_of_sender()
+        grant = await grant_of_sender(services)
         agent_ids = request.args.getlist("agent_id")
         if len(agent_ids) != 1 or not AGENT_ID.fullmatch(agent_ids[0]):
             raise InvalidParameters(
@@ -286,6 +176,8 @@ def create_blueprint(services: Services) -> Blueprint:
     def request_id() -> str:
         given = request.headers.get("X-Request-Id", "")
         return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+    add_resources(routes, services)
 
     # -- who is listening, and how it goes ---------------------------------------------------------------------------
 

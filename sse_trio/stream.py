@@ -187,7 +187,7 @@ class EventStream(ConnectionResponse):
         ends_at, ends_as = self._end_of_life()
         cursor = self.cursor
         if client.cursor is not None and broadcaster.live:
-            # What the cursor is worth must be known before `connected` can say so; a feed that is away is not waited for.
+            # `connected` says what the cursor is worth; a feed that is away is not waited for.
             broadcaster.resolve(client, await self._bounds())
         if cursor is None:
             hello = partial(sse.connected, id=broadcaster.head_id)
