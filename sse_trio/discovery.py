@@ -22,8 +22,6 @@ from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from sse_trio.sse import compact
-
 __all__ = [
     "DISCOVERY_TYPES",
     "MAX_PAYLOAD",
@@ -154,7 +152,7 @@ def build(fields: Mapping[str, Any], *, now: datetime | None = None) -> Discover
     checked = _validated(given)
     known = {name: given.get(name) for name in _Fields.model_fields}
     try:
-        payload = compact(known | given | {"discovery_type": checked.discovery_type}).encode()
+        payload = _compact(known | given | {"discovery_type": checked.discovery_type}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDiscovery("json", f"cannot be written as JSON: {error}") from None
     return decode(payload)
@@ -237,6 +235,7 @@ def _float(text: str) -> float:
     return value
 
 
+_compact = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _loads = json.JSONDecoder(parse_float=_float, parse_constant=_constant).decode
 
 
