@@ -58,9 +58,10 @@ class Metrics:
         self._gaps = self._counter("sse_trio_gaps", "Gaps that streams were told of, by reason.", "reason")
         self._resumes = self._counter(
             "sse_trio_resumes",
-            "Cursors that streams came with: from memory, from the stream, or not resumed.",
+            "Cursors that streams came with, by where they resume.",
             "source",
         )
+        self._attempts = self._counter("sse_trio_feed_attempts", "Connections to NATS that were tried.")
         self._reconnects = self._counter("sse_trio_feed_reconnects", "Times that the feed came back.")
         self._restarts = self._counter("sse_trio_consumer_restarts", "Times that the consumer was created anew.")
         self._reads = self._counter("sse_trio_stream_reads", "Requests that read older events from the stream.")
@@ -118,6 +119,7 @@ class Metrics:
         overflows = past["overflows"] + sum(client.overflows for client in here)
         self._add_each(self._gaps, broadcaster.gaps + collections.Counter(overflow=overflows))
         self._add_each(self._resumes, broadcaster.resumes)
+        self._add(self._attempts, feed.counters.attempts)
         self._add(self._reconnects, feed.counters.reconnects)
         self._add(self._restarts, feed.counters.consumer_restarts)
         self._add(self._reads, feed.counters.stream_reads)

@@ -23,7 +23,7 @@ class MemoryConnection(Connection):
 
     def __init__(self, window: float = float("inf"), *, direct: bool = True, timeout: float = 10.0) -> None:
         scope = {"method": "GET", "http_version": "1.1", "scheme": "http", "client": ("127.0.0.1", 1)}
-        super().__init__(scope, cast(Any, None), timeout, trio.Event())
+        super().__init__(scope, cast("Any", None), timeout, trio.Event())
         self.window = window
         self.direct = direct
         self.body = b""

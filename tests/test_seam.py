@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import trio
+from memory_connection import MemoryConnection
+from support import payload
+from test_broadcaster import event
 from trio.testing import MockClock
 
-from memory_connection import MemoryConnection
 from sse_trio.backlog import PAGE, Backlog
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import EVERYTHING, Filter
@@ -27,8 +29,6 @@ from sse_trio.settings import Settings
 from sse_trio.sse import ServerSentEvent
 from sse_trio.stream import EventStream
 from sse_trio.testing import _seeded as seeded
-from support import payload
-from test_broadcaster import event
 
 ODD = Filter(agents=frozenset({"odd"}))
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import re
 import resource
-import sys
 from pathlib import Path
 
 import pytest
 import trio
-
 from support import NatsServer, eventually, listen, payload, request, run_server
 
 UUID4 = rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
