@@ -133,16 +133,18 @@ class NatsClient(Client):
         transport: Any = self._transport
         if transport is None:
             return
-        writers = [getattr(transport, "_io_writer", None), getattr(transport, "_bare_io_writer", None)]
-        for writer in writers:
+        sockets = []
+        for writer in (getattr(transport, "_io_writer", None), getattr(transport, "_bare_io_writer", None)):
             if writer is not None:
                 writer.transport.abort()
-        if writers == [None, None]:  # a WebSocket, or not connected yet
+                sockets.append(writer.transport.get_extra_info("socket"))
+        if not sockets:  # a WebSocket, or not connected yet
             transport.close()
-        try:
-            await transport.wait_closed()
-        except Exception:
-            pass  # how it broke does not matter any more
+        # Waiting for the transport's own end would take for ever after a TLS handshake that failed.
+        while True:
+            await asyncio.sleep(0)
+            if all(sock is None or sock.fileno() == -1 for sock in sockets):
+                return
 
 
 async def connect(

@@ -133,6 +133,8 @@ class NatsConnection:
         self.activity = 0
         self._client: NatsClient | None = None
         self._inboxes: dict[int, Inbox] = {}
+        self._unanswered: list[trio.Event] = []
+        """Who waited for a PONG when the connection died."""
         self._sid = 0
         self._answers: dict[bytes, _Answers] = {}
         self._answer_prefix: bytes | None = None
@@ -153,7 +155,8 @@ class NatsConnection:
         for answers in self._answers.values():
             answers.wake.set()
         if self._client is not None:
-            for pong in self._client.pongs:
+            self._unanswered, self._client.pongs = self._client.pongs, []
+            for pong in self._unanswered:
                 pong.set()
 
     def process_error(self, text: str) -> None:
@@ -219,8 +222,9 @@ class NatsConnection:
         Raises:
             NatsError: the connection died first. (It does: a silent server is declared frozen.)
         """
-        await self._live.ping().wait()
-        if self.failure is not None:
+        pong = self._live.ping()
+        await pong.wait()
+        if self.failure is not None and pong in self._unanswered:
             raise self.failure
 
     # -- subscribing -------------------------------------------------------------------------------------------------
