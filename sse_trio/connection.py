@@ -27,6 +27,8 @@ import structlog
 import trio
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
+from hypercorn.config import Config
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
@@ -48,6 +50,9 @@ Respond = Callable[["Connection"], Awaitable[None]]
 BACKSTOP = 6
 """A shield around a send to Hypercorn lasts this many write timeouts: the deadline below it ends it long
 before."""
+
+MAX_STREAMS = 1000
+"""Streams that one HTTP/2 connection may have open at once, where Hypercorn's default would stand."""
 
 
 class Writable(Protocol):
@@ -373,8 +378,6 @@ class _H2Connection(_HypercornConnection):
     ) -> None:
         super().__init__(scope, send, http, transport)
         self._protocol = protocol
-        # Past `keep_alive_max_requests` Hypercorn says GOAWAY, and every stream that is open goes silent.
-        protocol.keep_alive_requests = -(1 << 62)
 
     @property
     def _buffer(self) -> StreamBuffer | None:
@@ -450,6 +453,7 @@ def _open(app: Any, scope: Any, send: ASGISendCallable) -> Connection:
             server_found(Worker(http.context))
     transport = _adopt(server, timeout)
     if isinstance(protocol, H2Protocol):
+        _unlimit(protocol)
         return _H2Connection(scope, send, http, protocol, transport)
     return _H11Connection(scope, send, http, protocol, transport)
 
@@ -484,6 +488,17 @@ def _adopt(server: TCPServer, timeout: float) -> DeadlineStream:
     else:
         cast("Any", server).stream = transport
     return transport
+
+
+def _unlimit(protocol: H2Protocol) -> None:
+    """Let streams that last live beside many requests on one HTTP/2 connection; done at its first request."""
+    if protocol.keep_alive_requests < 0:
+        return
+    # Past `keep_alive_max_requests` Hypercorn says GOAWAY, and every stream that is open goes silent.
+    protocol.keep_alive_requests = -(1 << 62)
+    # One stream too many and Hypercorn ends the whole connection. A limit that the operator chose stays.
+    if protocol.config.h2_max_concurrent_streams == Config.h2_max_concurrent_streams:
+        protocol.connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS})
 
 
 class ConnectionResponse(TrioResponse):
