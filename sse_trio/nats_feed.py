@@ -10,7 +10,9 @@ when we are back. With JetStream the numbers are the stream's, and nothing is lo
 
 from __future__ import annotations
 
+import json
 import random
+import secrets
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,11 +22,13 @@ import structlog
 import trio
 
 from sse_trio.backlog import Backlog, Page
+from sse_trio.discovery import Discovery, subject_for
 from sse_trio.jetstream import Batch, Consumer, ConsumerBroken, JetStream, StoredMessage, StreamInfo, base36
 from sse_trio.nats_connection import NatsConnection, open_connection
 from sse_trio.nats_protocol import NatsError
 from sse_trio.rounds import Broadcaster, FeedCounters, Rounds
 from sse_trio.settings import Settings
+from sse_trio.subjects import matches
 
 __all__ = ["FeedCounters", "FeedError", "FeedStatus", "NatsFeed"]
 
@@ -74,7 +78,10 @@ class NatsFeed:
         """Set when the feed is live for the first time, or when the first try failed."""
         self.backlog = Backlog(lambda: broadcaster.head, self.counters)
         """Older events, from the stream; only with JetStream."""
+        self.consumer: Consumer | None = None
+        """The consumer of the stream while there is one."""
         self._mode: Literal["core", "jetstream"] | None = None
+        self._connection: NatsConnection | None = None
         self._rounds = Rounds(broadcaster, self.counters, settings.buffer)
         self._was_live = False
         self._outage: set[str] = set()
@@ -95,11 +102,14 @@ class NatsFeed:
                     async with open_connection(
                         url, creds=self.settings.nats_creds, ca=self.settings.nats_ca
                     ) as connection:
+                        self._connection = connection
                         await self._feed(connection)
                 except NatsError as error:
                     if self.status.live:
                         delays.reset()
                     self._down(error)
+                finally:
+                    self._connection = None
                 await trio.sleep(delays.next())
 
     async def _feed(self, connection: NatsConnection) -> None:
@@ -156,6 +166,7 @@ class NatsFeed:
             except Exception as error:
                 failure = error
             finally:
+                self.consumer = None
                 self.backlog.close()
                 nursery.cancel_scope.cancel()
         if failure is not None:
@@ -167,7 +178,7 @@ class NatsFeed:
             # Before every consumer: a stream may have been purged, emptied by retention, or replaced while we were
             # away, and a consumer of the wrong one would wait in silence.
             info = await self._open_stream(stream)
-            consumer = await stream.consume(self.broadcaster.head + 1)
+            consumer = self.consumer = await stream.consume(self.broadcaster.head + 1)
             self.backlog.open(stream, info.epoch, nursery)
             try:
                 await self._consume(stream, consumer, info)
@@ -295,6 +306,25 @@ class NatsFeed:
     async def read(self, after: int) -> Page:
         """Frames of the stream that follow `after`; see `Backlog.read`. On core NATS it waits for ever."""
         return await self.backlog.read(after)
+
+    # -- sharing -----------------------------------------------------------------------------------------------------
+
+    async def share(self, discovery: Discovery, *, message_id: str | None = None) -> None:
+        """Publish a discovery over the feed's connection; returns when the stream, or the server, has it.
+
+        Raises:
+            NatsError: there is no connection now, or it was not taken.
+        """
+        connection = self._connection
+        if connection is None or self._mode is None:
+            raise NatsError("unreachable", "there is no connection to NATS now")
+        subject, headers = subject_for(discovery), {"Nats-Msg-Id": message_id or secrets.token_hex(16)}
+        if self._mode == "core" or not matches(self.settings.nats_subject, subject):
+            await connection.publish(subject, discovery.payload, headers=headers, confirm=True)
+            return
+        answer = json.loads((await connection.request(subject, discovery.payload, headers=headers)).payload)
+        if "error" in answer:
+            raise NatsError("stream", f"the stream says: {answer['error'].get('description', 'no')}")
 
     # -- status ------------------------------------------------------------------------------------------------------
 
