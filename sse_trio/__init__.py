@@ -2,10 +2,12 @@
 
 Read it from the bottom; a module imports only from lower layers (tests/test_layering.py):
 
-    7  cli, embedded_nats, page/            commands, the child nats-server, the live page
-    6  app                                  what is there once per process, and the one nursery
-    5  routes                               the HTTP surface
-    4  stream                               one SSE response, from head to goodbye
+    7  cli, server, page/                   the commands, the server as a process, the live page
+       embedded_nats, child, sample_agents  what the demo runs beside it
+    6  application, app                     what is there once per process, and the one nursery; the one Hypercorn serves
+    5  routes, resources                    the HTTP surface
+       services                             what routes answer from, and how they read a request
+    4  stream, reader                       one SSE response from head to goodbye; reading discoveries back
     3  nats_feed, publisher, listener       NATS in, NATS out, and a client of our own
        connection, access, metrics          below ASGI; who may do what; what is counted
     2  broadcaster                          who is listening

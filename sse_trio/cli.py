@@ -1,0 +1,196 @@
+"""The `sse-trio` command. Errors are one line on standard error; exit codes: 0 ended as asked, 1 failed, 2 misused.
+
+Strategy: a command checks what it was given, opens what it needs, and hands over to the module that does the work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import trio
+
+import sse_trio
+from sse_trio.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from sse_trio.application import App
+
+__all__ = ["main"]
+
+FAILED, WRONG_USE = 1, 2
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """End the command with one line on standard error."""
+    click.echo(f"sse-trio: {message}", err=True)
+    sys.exit(code)
+
+
+def settings_or_fail(**changes: Any) -> Settings:
+    """The environment's settings, with some replaced; a wrong variable ends the command and is named."""
+    try:
+        settings = Settings.from_environment()
+    except SettingsError as error:
+        fail(f"wrong settings\n{error}", WRONG_USE)
+    return settings.model_copy(update=changes) if changes else settings
+
+
+def app_of(settings: Settings) -> App:
+    """The application, in a process that it owns."""
+    from sse_trio.application import create_app
+
+    try:
+        return create_app(settings, owns_process=True)
+    except SettingsError as error:
+        fail(f"wrong settings\n{error}", WRONG_USE)
+
+
+def leaves(error: BaseException) -> Iterable[BaseException]:
+    """The exceptions inside groups, and inside the error by which the server says that the application failed."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from leaves(part)
+    else:
+        yield error
+
+
+def run_or_fail(main: Callable[[], Any], *, interruptible: bool = True) -> Any:
+    """`trio.run`, with what goes wrong on one line."""
+    from hypercorn.utils import LifespanFailureError
+
+    from sse_trio.embedded_nats import EmbeddedNatsError
+    from sse_trio.server import StartError
+
+    try:
+        return trio.run(main)
+    except KeyboardInterrupt:
+        sys.exit(0 if interruptible else 130)
+    except (StartError, EmbeddedNatsError) as error:
+        fail(str(error))
+    except BaseExceptionGroup as group:
+        known = [
+            leaf for leaf in leaves(group) if isinstance(leaf, StartError | EmbeddedNatsError | LifespanFailureError)
+        ]
+        if not known or len(known) != len(list(leaves(group))):
+            raise
+        fail(str(known[0]))
+    except LifespanFailureError as error:
+        fail(str(error))
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Settings come from the environment (NATS_URL, SSE_BUFFER, …): the README lists them.",
+)
+@click.version_option(sse_trio.__version__, prog_name="sse-trio")
+def main() -> None:
+    """Stream the discoveries that AI agents share over NATS to web clients, as Server-Sent Events.
+
+    \b
+    Try it, with nothing else installed or running:
+      sse-trio demo
+    Run it beside your NATS:
+      NATS_URL=nats://127.0.0.1:4222 sse-trio serve --bind 0.0.0.0:3000
+    """
+
+
+@main.command()
+@click.option("--bind", default="127.0.0.1:3000", show_default=True, help="host:port, [v6]:port, unix:path or fd://N.")
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes on one socket.")
+@click.option("--certfile", type=click.Path(exists=True, dir_okay=False), help="Certificate chain (PEM): serve TLS.")
+@click.option("--keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key (PEM).")
+def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) -> None:
+    """Serve the stream.
+
+    Ends on SIGINT or SIGTERM, after every client was told when to come back. Exits with 1 when start-up fails or
+    the feed dies of a bug.
+
+    \b
+    Examples:
+      sse-trio serve
+      NATS_URL=tls://nats.example.org:4222 NATS_CREDS=sse.creds sse-trio serve --bind 0.0.0.0:443 \\
+          --certfile chain.pem --keyfile key.pem --workers 2
+    """
+    if (certfile is None) != (keyfile is None):
+        fail("--certfile and --keyfile belong together", WRONG_USE)
+    settings = settings_or_fail()
+
+    from sse_trio.logs import configure_logging
+    from sse_trio.server import GRACE, StartError, bind_socket, run_app, run_workers, stop_on_signals
+
+    try:
+        bound = bind_socket(bind)
+    except StartError as error:
+        fail(str(error))
+    if workers > 1:
+        configure_logging(settings)
+        tls = [] if certfile is None or keyfile is None else ["--certfile", certfile, "--keyfile", keyfile]
+        grace = settings.drain_delay + GRACE + 5
+        sys.exit(run_or_fail(lambda: run_workers(workers, bound, tls, grace)))
+
+    async def main() -> None:
+        async with stop_on_signals(app, settings.drain_delay) as stop, trio.open_nursery() as nursery:
+            url = await nursery.start(partial(run_app, app, bound, stop, certfile=certfile, keyfile=keyfile))
+            click.echo(f"sse-trio serves {url}", err=True)
+
+    app = app_of(settings)
+    run_or_fail(main)
+
+
+@main.command()
+@click.option("--bind", default="127.0.0.1:3000", show_default=True, help="host:port of the server.")
+def demo(bind: str) -> None:
+    """Show everything on this machine: a nats-server, the server, and three agents who share discoveries.
+
+    Prints the address of a live page. Ctrl-C ends all of it, and no file is left.
+    """
+    from sse_trio.embedded_nats import embedded_nats
+    from sse_trio.sample_agents import sample_agents
+    from sse_trio.server import StartError, bind_socket, run_app, stop_on_signals
+
+    base = settings_or_fail()
+    try:
+        bound = bind_socket(bind)
+    except StartError as error:
+        fail(str(error))
+
+    async def main() -> None:
+        async with stop_on_signals() as stop, embedded_nats() as nats:
+            hosts = LOOPBACK_HOSTS if "*" in base.allowed_hosts else base.allowed_hosts
+            quiet = "warning" if "LOG_LEVEL" not in os.environ else base.log_level
+            app = app_of(base.model_copy(update={"nats_url": (nats.url,), "allowed_hosts": hosts, "log_level": quiet}))
+
+            async def share(fields: Mapping[str, Any]) -> str:
+                return await share_through(app, fields)
+
+            async with trio.open_nursery() as nursery:
+                url = await nursery.start(partial(run_app, app, bound, stop))
+                click.echo(f"The live page:  {url}/")
+                click.echo(f"The stream:     curl -N '{url}/discoveries/stream?agent_id=me'")
+                click.echo("Ctrl-C ends it.")
+                sys.stdout.flush()
+                async with trio.open_nursery() as agents:
+                    agents.start_soon(sample_agents, share)
+                    await stop.wait()
+                    agents.cancel_scope.cancel()
+
+    run_or_fail(main)
+
+
+async def share_through(app: App, fields: Mapping[str, Any]) -> str:
+    """Share by the feed's own connection; while that is away, nothing is shared."""
+    from sse_trio.discovery import build
+    from sse_trio.nats_protocol import NatsError
+
+    discovery = build(fields)
+    try:
+        await app.feed.share(discovery)
+    except NatsError:
+        await trio.lowlevel.checkpoint()
+    return discovery.uri
