@@ -109,7 +109,16 @@ class Access:
             return
         await self._tokens.keys.run(task_status=task_status)
 
-    # Who may ask: Host, Origin, CORS
+    # Who may ask: framing, Host, Origin, CORS
+
+    def check_framing(self, headers: HeaderFields) -> None:
+        """Raise `Refused` (400) for a request with two lengths, and have its connection closed.
+
+        Whoever stands in between may have read the other length, and taken the rest for a request (RFC 9112, 6.1).
+        """
+        if headers.get("Transfer-Encoding") is not None and headers.get("Content-Length") is not None:
+            detail = "both Transfer-Encoding and Content-Length"
+            raise Refused(400, "Bad request", detail, {"Connection": "close"})
 
     def check_host(self, host: str | None) -> None:
         """Raise `Refused` (403) for a Host that is not on the list, which is how a rebound name shows."""

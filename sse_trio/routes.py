@@ -66,6 +66,7 @@ def create_blueprint(services: Services) -> Blueprint:
     @routes.before_app_request
     async def check_sender() -> ResponseReturnValue | None:
         host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        access.check_framing(request.headers)
         access.check_host(host)
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             asked = request.headers["Access-Control-Request-Method"].upper()

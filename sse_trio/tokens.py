@@ -113,9 +113,7 @@ class Tokens:
         if settings.jwt_secret is not None:
             secret = settings.jwt_secret.get_secret_value().encode()
             if b"-----BEGIN " in secret:
-                raise SettingsError(
-                    "SSE_JWT_SECRET: this is a key in PEM form; put public keys into SSE_JWT_JWKS"
-                )
+                raise SettingsError("SSE_JWT_SECRET: this is a key in PEM form; put public keys into SSE_JWT_JWKS")
             if len(secret) < 32:
                 log.warning(
                     "jwt_secret_is_short",
@@ -143,12 +141,7 @@ class Tokens:
         except Exception:  # see _verify
             raise InvalidToken("the token is not valid") from None
         algorithm, kid = header.get("alg"), header.get("kid")
-        if (
-            not isinstance(algorithm, str)
-            or not isinstance(kid, str | None)
-            or "crit" in header
-            or "b64" in header
-        ):
+        if not isinstance(algorithm, str) or not isinstance(kid, str | None) or "crit" in header or "b64" in header:
             raise InvalidToken("the token is not valid")
         if algorithm == "HS256" and self._secret is not None:
             return self._grant(self._verify(token, self._secret, algorithm))
@@ -218,12 +211,7 @@ def _time(claims: Mapping[str, Any], name: str) -> float | None:
     if name not in claims:
         return None
     value = claims[name]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= 1e12
-        or math.isnan(value)
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e12 or math.isnan(value):
         raise InvalidToken(f"the claim {name} is not a time in seconds")
     return float(value)
 

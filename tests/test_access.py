@@ -33,6 +33,15 @@ def status_of(action: Any) -> int:
     return 200
 
 
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed() -> None:
+    access().check_framing(headers(Content_Length="4"))
+    access().check_framing(headers(Transfer_Encoding="chunked"))
+    with pytest.raises(Refused) as refused:
+        access().check_framing(headers(Transfer_Encoding="chunked", Content_Length="4"))
+    assert refused.value.status == 400
+    assert refused.value.headers == {"Connection": "close"}
+
+
 @pytest.mark.parametrize(
     ("allowed", "host", "status"),
     [
