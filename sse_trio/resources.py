@@ -73,7 +73,8 @@ def add_resources(routes: Blueprint, services: Services) -> None:
             return problem(415, "this takes application/json", headers={"Accept-Post": "application/json"})
         if (request.content_length or 0) > MAX_PAYLOAD:
             return problem(413, f"a discovery has at most {MAX_PAYLOAD} bytes")
-        body: bytes = await request.get_data(as_text=False)
+        body = await request.get_data(as_text=False)
+        assert isinstance(body, bytes)
         try:
             discovery = build(parse(body))
         except InvalidDiscovery as error:

@@ -1,0 +1,61 @@
+# Everything runs in a virtual environment of its own, .venv (VENV=… for another), made from the newest Python that fits.
+#   make demo     the whole thing on this machine, with an embedded NATS; prints a URL worth opening
+#   make test     type check, lint, format check, and the tests with their coverage
+#   make check    the first three of these;  make format  puts the format right
+#   make bench    beside others, on this machine;  make chaos  breaks everything for ten minutes
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+CODE := sse_trio tests examples benchmarks
+# Ruff has the rest of flake8-async; these are the rules about cancellation that it lacks.
+CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYNC118,ASYNC119,ASYNC120,ASYNC121,ASYNC300
+
+# The first of these that runs and is of a version that pyproject.toml allows. (Version managers leave names that fail.)
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell $(p) -c '$(FITS)' >/dev/null 2>&1 && echo $(p))))
+
+.PHONY: demo test check format bench chaos clean tools
+
+demo: $(VENV)/demo.stamp
+	@exec $(BIN)/sse-trio demo $(DEMO)
+
+test: check tools
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(PYTEST)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+check: $(VENV)/dev.stamp
+	$(BIN)/mypy
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/flake8-async --enable=$(CANCELLATION_RULES) $$(git ls-files '*.py')
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+tools: $(VENV)/dev.stamp
+	$(BIN)/python tests/provision.py
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks $(BENCH)
+
+chaos: $(VENV)/dev.stamp tools
+	$(BIN)/python -m tests.chaos $(CHAOS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "sse-trio needs Python 3.11, 3.12 or 3.13 with venv: none was found (PYTHON=… names one)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/demo.stamp
