@@ -96,7 +96,10 @@ class NatsServer:
 
     def freeze(self) -> None:
         """Stop it in its tracks (SIGSTOP): its sockets stay open and silent."""
+        assert self.process is not None
         self.signal(signal.SIGSTOP)
+        # The signal reaches one thread after the other; until the last has stopped, some still answer.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)

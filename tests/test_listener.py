@@ -22,7 +22,7 @@ import pytest
 import trio
 import trustme
 from structlog.testing import capture_logs
-from support import WITHIN, a_discovery, fail_within, free_port
+from support import WITHIN, a_discovery, eventually, fail_within, free_port
 from trio.testing import MockClock
 
 from sse_trio import listener, sse
@@ -226,9 +226,10 @@ async def test_to_leave_early_closes_the_connection_and_leaves_nothing_behind() 
             async for event in events:
                 if name(event) == "m-1":
                     break
-        with fail_within(WITHIN, "the server sees the close"):
-            while server.left == 0 or trio.lowlevel.current_statistics().tasks_living != before:
-                await trio.lowlevel.checkpoint()
+        await eventually(
+            lambda: server.left == 1 and trio.lowlevel.current_statistics().tasks_living == before,
+            "the server sees the close",
+        )
         with pytest.raises(StopAsyncIteration):
             await anext(events)
         assert events.last_event_id == "m-1"
