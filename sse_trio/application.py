@@ -93,6 +93,7 @@ class App(QuartTrio):
         self.owns_process = owns_process
         self.config["SSE_WRITE_TIMEOUT"] = settings.write_timeout
         self.config["MAX_CONTENT_LENGTH"] = 1 << 20
+        self.config["BODY_TIMEOUT"] = 10  # seconds; 64 KiB take no longer, and a slow sender holds a socket
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
         self.broadcaster = Broadcaster(settings)
         self.feed = NatsFeed(settings, self.broadcaster)
