@@ -281,8 +281,9 @@ class Backlog:
         self.counters.stream_reads += 1
         head = self._head()
         stored, at_end = await opened.source.read(start + 1, PAGE)
-        if stored and stored[0][0] > start + 1:
-            # Retention may have taken what is missing: whoever asks now must not get older bounds than this page.
+        if stored and stored[-1][0] > start + len(stored):
+            # Retention may have taken what is missing, even while this was read: whoever asks from now on must not get
+            # bounds that are older than this page.
             self._bounds_until = -1.0
         frames = []
         size = 0

@@ -104,6 +104,8 @@ class StreamInfo:
     discard_new: bool
     """Whether a full stream refuses new messages, instead of dropping old ones."""
     allow_direct: bool
+    subjects: tuple[str, ...]
+    """What it collects; nothing for a mirror."""
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> StreamInfo:
@@ -117,6 +119,7 @@ class StreamInfo:
             int(config.get("max_bytes", -1)),
             config.get("discard") == "new",
             bool(config.get("allow_direct")),
+            tuple(config.get("subjects") or ()),
         )
 
 

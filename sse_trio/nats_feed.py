@@ -28,7 +28,7 @@ from sse_trio.nats_connection import NatsConnection, open_connection
 from sse_trio.nats_protocol import NatsError
 from sse_trio.rounds import Broadcaster, FeedCounters, Rounds
 from sse_trio.settings import Settings
-from sse_trio.subjects import matches
+from sse_trio.subjects import is_subset, matches
 
 __all__ = ["FeedCounters", "FeedError", "FeedStatus", "NatsFeed"]
 
@@ -83,6 +83,7 @@ class NatsFeed:
         self._mode: Literal["core", "jetstream"] | None = None
         self._connection: NatsConnection | None = None
         self._rounds = Rounds(broadcaster, self.counters, settings.buffer)
+        self._all_ours = False
         self._was_live = False
         self._outage: set[str] = set()
         """The reasons that the log has named since the feed was last live."""
@@ -200,6 +201,7 @@ class NatsFeed:
                 replicas=settings.nats_stream_replicas,
             )
             log.info("stream created", stream=stream.name)
+        self._all_ours = self._is_all_ours(info)
         if broadcaster.epoch is None:
             head = max(info.first - 1, info.last - settings.history)
             broadcaster.open_epoch(info.epoch, head, durable=True)
@@ -268,21 +270,28 @@ class NatsFeed:
     async def _holes(self, stream: JetStream, batch: Batch, pending: int) -> list[tuple[int, int]]:
         """Where retention took messages that the consumer had not yet sent: (index in the batch, first one left).
 
-        The consumer does not say so: it numbers what it sends. But a jump in the stream's sequences while something
-        was `pending` is either another subject's message, or that; and then the stream now begins behind the jump.
+        The consumer does not say so: it numbers what it sends. But then the stream's sequences jump, and the stream
+        begins behind the jump. That is asked where a jump means something: any does while the stream collects
+        nothing but what we listen to; else one by a consumer that was or is behind, having messages `pending`.
         """
         previous = self.broadcaster.head
         if batch.messages[-1].sequence - previous == len(batch.messages):
             return []
         jumps = []
         for index, (message, left) in enumerate(zip(batch.messages, batch.pending, strict=True)):
-            if pending and message.sequence > previous + 1:
+            if message.sequence > previous + 1 and (self._all_ours or pending or left):
                 jumps.append((index, previous, message.sequence))
             previous, pending = message.sequence, left
         info = await stream.info() if jumps else None
         if info is None:
             return []
+        self._all_ours = self._is_all_ours(info)
         return [(index, min(info.first, after)) for index, before, after in jumps if info.first > before + 1]
+
+    def _is_all_ours(self, info: StreamInfo) -> bool:
+        """Whether the stream collects only what we listen to."""
+        ours = [self.settings.nats_subject]
+        return bool(info.subjects) and all(is_subset(subject, ours) for subject in info.subjects)
 
     async def _watch(self, stream: JetStream) -> None:
         """Say it when publishers are refused, which the feed itself would only see as silence."""
