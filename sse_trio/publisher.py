@@ -1,4 +1,4 @@
-"""Sharing a discovery over NATS: the small Python API for agents, and what the command line and HTTP share with.
+"""Sharing a discovery over NATS: the small Python API for agents, and what `sse-trio share` uses.
 
     async with open_publisher("nats://127.0.0.1:4222", agent_id="security-001", agent_role="Security") as publisher:
         found = await publisher.share("Anomaly", "unusual login pattern", 0.9)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -22,12 +23,13 @@ import pytest
 import trio
 import trustme
 from structlog.testing import capture_logs
-from support import WITHIN, a_discovery, eventually, fail_within, free_port
+from support import WITHIN, NatsServer, Server, a_discovery, eventually, fail_within, free_port, run_server
 from trio.testing import MockClock
 
 from sse_trio import listener, sse
 from sse_trio.discovery import build
 from sse_trio.listener import Interruption, ListenError, follow, listen
+from sse_trio.publisher import open_publisher
 from sse_trio.sse import ServerSentEvent
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -333,6 +335,51 @@ async def test_what_the_listener_missed_is_counted_and_logged() -> None:
         ("discoveries_missed", "overflow", 3),
         ("discoveries_missed", "restart", None),
     ]
+
+
+async def has_client(server: Server) -> bool:
+    _, answer = await server.get("/clients")
+    return len(answer["clients"]) == 1
+
+
+async def test_what_is_shared_is_heard_once_and_in_order_over_a_restart_of_the_real_server(
+    nats: NatsServer, tmp_path: Path
+) -> None:
+    port = free_port()
+    heard: list[str] = []
+
+    async def hear(*, task_status: trio.TaskStatus[None]) -> None:
+        async with listen(f"http://127.0.0.1:{port}", agent_id="me") as discoveries:
+            task_status.started()
+            while True:
+                heard.append((await anext(discoveries)).content)
+
+    def all_heard() -> bool:
+        return len(heard) == len(shared)
+
+    shared: list[str] = []
+    settings = {"SSE_RETRY": "50", "SSE_DRAIN_WINDOW": "0"}
+    async with (
+        open_publisher(nats.url, agent_id="you", agent_role="x", within=WITHIN) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        for run in range(2):
+            async with run_server(tmp_path, nats_url=nats.url, port=port, env=settings) as server:
+                await eventually(server.is_live, "the feed is live")
+                if run == 0:
+                    await nursery.start(hear)
+                    await eventually(partial(has_client, server), "the listener is connected")
+                    await publisher.share("Insight", "mine", 0.5, agent_id="me")
+                for number in range(10):
+                    shared.append(f"{run} {number}")
+                    await publisher.share("Insight", shared[-1], 0.5)
+                await eventually(all_heard, "everything is heard")
+            for number in range(5):
+                shared.append(f"{run} while away {number}")
+                await publisher.share("Insight", shared[-1], 0.5)
+        nursery.cancel_scope.cancel()
+    assert heard == shared[: len(heard)]
+    assert len(heard) == 25
 
 
 # -- in memory, with exact times -------------------------------------------------------------------------------------

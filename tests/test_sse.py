@@ -264,13 +264,11 @@ FRAMES: dict[str, tuple[Callable[[], bytes], bytes]] = {
     ),
     "connected with a cursor": (
         lambda: sse.connected("a", "c", retry=1, id="m8x2k-41", resumed=True),
-        b"retry: 1\nevent: connected\n"
-        b'data: {"agent_id":"a","client_id":"c","resumed":true}\nid: m8x2k-41\n\n',
+        b'retry: 1\nevent: connected\ndata: {"agent_id":"a","client_id":"c","resumed":true}\nid: m8x2k-41\n\n',
     ),
     "connected with a cursor of another epoch": (
         lambda: sse.connected("a", "c", retry=1, id="m8x2k-41", resumed=False),
-        b"retry: 1\nevent: connected\n"
-        b'data: {"agent_id":"a","client_id":"c","resumed":false}\nid: m8x2k-41\n\n',
+        b'retry: 1\nevent: connected\ndata: {"agent_id":"a","client_id":"c","resumed":false}\nid: m8x2k-41\n\n',
     ),
     "discovery": (
         lambda: sse.discovery(URI, "m8x2k-42"),
@@ -326,9 +324,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\
 @settings(deadline=None)
 @given(
     event=NAMES,
-    data=st.one_of(
-        st.text(st.characters(exclude_categories=["Cs"])), st.text("\r\n\0 :dataidevnt\u2028\x85\ufeff")
-    ),
+    data=st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.text("\r\n\0 :dataidevnt\u2028\x85\ufeff")),
     cursor=st.none() | NAMES,
     retry=st.none() | st.integers(0, 10**9),
 )
@@ -364,11 +360,7 @@ def test_a_negative_retry_and_a_lone_surrogate_are_refused() -> None:
 @settings(deadline=None)
 @given(
     st.recursive(
-        st.none()
-        | st.booleans()
-        | st.integers()
-        | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
