@@ -28,7 +28,7 @@ from sse_trio.client import EVERYTHING, Filter
 from sse_trio.settings import Settings
 from sse_trio.sse import ServerSentEvent
 from sse_trio.stream import EventStream
-from sse_trio.testing import _seeded as seeded
+from sse_trio.testing import seeded
 
 ODD = Filter(agents=frozenset({"odd"}))
 
