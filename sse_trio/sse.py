@@ -49,7 +49,7 @@ compact = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", 
 """An object as one line of compact ASCII JSON; ValueError for NaN, TypeError for what JSON does not have."""
 
 
-def encode(event: str, data: str, *, id: str | None = None, retry: int | None = None) -> bytes:  # noqa: A002
+def encode(event: str, data: str, *, id: str | None = None, retry: int | None = None) -> bytes:
     """One whole frame, up to and including its blank line.
 
     A reader gets back exactly `event`, `id`, and `data` with each CRLF and CR turned into LF. An empty
@@ -83,7 +83,7 @@ def connected(
     client_id: str,
     *,
     retry: int,
-    id: str | None,  # noqa: A002
+    id: str | None,
     resumed: bool | EllipsisType | None = ...,
 ) -> bytes:
     """The first frame of a stream. `resumed` is for where a cursor was sent; None: not known yet."""
@@ -93,7 +93,7 @@ def connected(
     return encode("connected", compact(data), id=id, retry=retry)
 
 
-def discovery(uri: str, id: str) -> bytes:  # noqa: A002
+def discovery(uri: str, id: str) -> bytes:
     """The notification that a resource has come to be.
 
     The hot path, so it trusts its caller: `uri` is percent-encoded, and `id` is of `[A-Za-z0-9.-]`.
@@ -102,18 +102,18 @@ def discovery(uri: str, id: str) -> bytes:  # noqa: A002
     return f"event: discovery\ndata: {data}\nid: {id}\n\n".encode("ascii")
 
 
-def full_discovery(uri: str, id: str, published: dict[str, Any]) -> bytes:  # noqa: A002
+def full_discovery(uri: str, id: str, published: dict[str, Any]) -> bytes:
     """The same with the whole discovery, as published, at `params._meta.discovery` (`detail=full`)."""
     params = {"uri": uri, "_meta": {"discovery": published}}
     return encode("discovery", compact({"jsonrpc": "2.0", "method": _NOTIFICATION, "params": params}), id=id)
 
 
-def gap(reason: GapReason, missed: int | None, id: str) -> bytes:  # noqa: A002
+def gap(reason: GapReason, missed: int | None, id: str) -> bytes:
     """Events are missing here, `id` being the last of them. `missed`: how many, None if not known."""
     return encode("gap", compact({"reason": reason, "missed": missed}), id=id)
 
 
-def cursor(id: str) -> bytes:  # noqa: A002
+def cursor(id: str) -> bytes:
     """Moves on the cursor of a client whose filter has skipped events."""
     return encode("cursor", "{}", id=id)
 
