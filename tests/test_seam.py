@@ -25,6 +25,7 @@ from trio.testing import MockClock
 from sse_trio.backlog import PAGE, Backlog
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import EVERYTHING, Filter
+from sse_trio.rounds import FeedCounters
 from sse_trio.settings import Settings
 from sse_trio.sse import ServerSentEvent
 from sse_trio.stream import EventStream
@@ -95,7 +96,7 @@ class World:
         self.broadcaster.open_epoch("e", 0, durable=durable)
         self.broadcaster.go_live()
         self.source = ScriptedSource(draw)
-        self.backlog = Backlog(lambda: self.broadcaster.head) if durable else None
+        self.backlog = Backlog(lambda: self.broadcaster.head, FeedCounters()) if durable else None
         self.retention = draw.choice([None, None, 30])
         self.published: list[int] = []
         self.finished = False
