@@ -176,6 +176,7 @@ class Backlog:
         while we waited, the page is empty and ends at `after`.
         """
         start = after - after % PAGE
+        await self._ready()
         incarnation = self._incarnation
         while True:
             page = await self._page(start)
