@@ -7,6 +7,10 @@ socket unwritable for long, because the kernel waits for a third of the buffer t
 reads. The kernel is asked every `STEP` seconds at the latest, and only while a write is blocked; a write that
 is not blocked costs nothing extra.
 
+A peer that has vanished blocks nothing: a keep-alive disappears into the kernel. So each write, every now and then,
+asks how much of the earlier ones has arrived; and while no more than `SMALL` bytes are on their way, the kernel is told
+to give up after the timeout by itself (TCP_USER_TIMEOUT). Beyond that it must not: it takes a small window for death.
+
 Once the server is stopping, the peer gets `STOPPING` seconds in all, progress or not: a shutdown is bounded.
 A peer that is cut off gets an RST, so that the kernel frees its buffer at once.
 """
@@ -38,6 +42,9 @@ STEP = 0.5
 SEND_BUFFER = 64 * 1024
 """What the kernel is asked to hold at most for a peer that does not read (Linux doubles it, for its
 bookkeeping)."""
+
+SMALL = 4096
+"""Bytes that every peer that lives has room for."""
 
 
 class Stopping(Protocol):
@@ -97,7 +104,7 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
     was cut off for taking nothing.
     """
 
-    __slots__ = ("_eof", "_sending", "stalled", "stream")
+    __slots__ = ("_acked", "_eof", "_look_at", "_moved_at", "_sending", "_watched", "_written", "stalled", "stream")
 
     def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
         super().__init__(timeout, stopping)
@@ -105,6 +112,14 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         self.stalled = False
         self._sending = False
         self._eof = False
+        self._written = 0
+        """Bytes that the kernel took, ever."""
+        self._acked = 0
+        """How many of them had arrived when we last looked."""
+        self._moved_at = self._look_at = -math.inf
+        """When we last saw some arrive, and when to look again."""
+        self._watched = False
+        """Whether the kernel gives up by itself."""
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -112,14 +127,32 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         return self.stream.socket
 
     def bound_kernel(self) -> None:
-        """Bound what the kernel holds for this peer, and for how long it looks for one that has vanished."""
+        """Bound what the kernel holds for this peer."""
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    def _watch(self, watched: bool) -> None:
+        """Have the kernel give up on a peer that acknowledges nothing for the timeout, or not."""
+        self._watched = watched
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # OSError: not a TCP socket, where nobody vanishes without the kernel knowing.
+            # OSError: closed, or not a TCP socket, where nobody vanishes without the kernel knowing.
             with suppress(OSError):
-                milliseconds = math.ceil(self.timeout * 1000)
+                milliseconds = math.ceil(self.timeout * 1000) if watched else 0
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def _look(self, now: float) -> None:
+        """See whether earlier writes arrive."""
+        self._look_at = now + self.timeout / 4
+        acked = self._written - (self.unsent() or 0)
+        if acked > self._acked or acked == self._written:
+            self._moved_at = now
+        elif now - self._moved_at >= self.timeout:
+            self.stalled = True
+            self.abort()
+            raise OutOfPatience("nothing of the earlier writes arrives")
+        self._acked = acked
+        if acked == self._written and not self._watched:
+            self._watch(True)
 
     def unsent(self) -> int | None:
         """Bytes that the kernel holds because the peer has not taken them; None where it does not say."""
@@ -133,18 +166,24 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         """The number of bytes of `data` that the kernel took without waiting; 0 when it has no room.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone.
+            trio.BrokenResourceError: the peer is gone, or nothing of earlier writes has arrived for the timeout.
             trio.ClosedResourceError: the stream was closed on this side.
         """
         descriptor = self.socket.fileno()  # asked each time: the number of a closed one may be another connection's
         if descriptor < 0 or self._eof:
             raise trio.ClosedResourceError("the stream was closed")
+        if (now := trio.current_time()) >= self._look_at:
+            self._look(now)
         try:
-            return os.write(descriptor, data)
+            sent = os.write(descriptor, data)
         except BlockingIOError:
             return 0
         except OSError as error:
             raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
+        self._written += sent
+        if self._watched and self._written - self._acked > SMALL:
+            self._watch(False)
+        return sent
 
     async def send_some(self, data: bytes | bytearray | memoryview) -> int:
         """The number of bytes of `data`, at least one, that the kernel took, waiting for room.

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from support import WITHIN, eventually, fail_within
 
-from sse_trio.deadline import STOPPING, DeadlineStream, OutOfPatience, Patience
+from sse_trio.deadline import SMALL, STOPPING, DeadlineStream, OutOfPatience, Patience
 
 
 class Peer:
@@ -209,8 +209,52 @@ async def test_what_the_kernel_holds_for_a_peer_is_bounded_and_known() -> None:
         assert 0 < held < 1 << 20
         await right.receive_some(1 << 20)
         await eventually(lambda: (stream.unsent() or 0) < held, "the kernel says that the peer has read")
-        assert left.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 500
     assert stream.unsent() is None
+
+
+async def test_the_kernel_gives_up_by_itself_on_what_every_living_peer_has_room_for(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    def kernel_timeout() -> object:
+        return left.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+    left, right = await connected_pair()
+    stream = with_deadline(left, timeout=10.0)
+    async with stream, right:
+        stream.send_now(b"a keep-alive")
+        assert kernel_timeout() == 10_000
+        # A peer that reads slowly has its window closed for long, and the kernel takes that for its death.
+        stream.send_now(b"x" * SMALL)
+        assert kernel_timeout() == 0
+        right.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        while stream.unsent():
+            await right.receive_some(1 << 20)
+        mock_clock.jump(3.0)
+        stream.send_now(b"a keep-alive")
+        assert kernel_timeout() == 10_000
+
+
+@pytest.mark.parametrize("interval", [1.0, 30.0])
+async def test_a_peer_that_has_vanished_is_found_by_a_later_write(
+    interval: float, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, right = await connected_pair()
+    stream = with_deadline(left, timeout=10.0)
+    async with stream, right:
+        arrived = 1000
+        monkeypatch.setattr(DeadlineStream, "unsent", lambda stream: stream._written - min(stream._written, arrived))
+
+        def write_a_hundred_times() -> None:
+            for _ in range(100):
+                stream.send_now(b"x" * 10)
+                mock_clock.jump(interval)
+
+        write_a_hundred_times()
+        vanished_at = trio.current_time()
+        with pytest.raises(OutOfPatience):
+            write_a_hundred_times()
+        assert 10.0 <= trio.current_time() - vanished_at <= max(15.0 + interval, 2 * interval)
+        assert stream.stalled
 
 
 async def test_a_closed_descriptor_is_never_written_to_under_its_number() -> None:
