@@ -15,6 +15,7 @@ import click
 import trio
 
 import sse_trio
+from sse_trio.discovery import DISCOVERY_TYPES
 from sse_trio.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -194,3 +195,100 @@ async def share_through(app: App, fields: Mapping[str, Any]) -> str:
     except NatsError:
         await trio.lowlevel.checkpoint()
     return discovery.uri
+
+
+@main.command()
+@click.argument("content")
+@click.option("--agent", "agent_id", default="human", show_default=True, help="Who shares it.")
+@click.option("--role", "agent_role", default="Human", show_default=True, help="In which role.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(DISCOVERY_TYPES, case_sensitive=False),
+    default="Insight",
+    show_default=True,
+    help="What it is.",
+)
+@click.option("--confidence", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="From 0 to 1.")
+@click.option("--related-to", help="The URI of the discovery that it belongs to.")
+def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: float, related_to: str | None) -> None:
+    """Share one discovery over NATS (NATS_URL), and print its URI. CONTENT may be - for standard input.
+
+    \b
+    Examples:
+      sse-trio share "disk of db-3 fills up on Mondays" --type pattern --confidence 0.8
+      uptime | sse-trio share - --agent ops-1 --role Operations
+    """
+    from sse_trio.discovery import InvalidDiscovery
+    from sse_trio.nats_protocol import NatsError
+    from sse_trio.publisher import open_publisher
+
+    settings = settings_or_fail()
+    text = sys.stdin.read().rstrip("\n") if content == "-" else content
+
+    async def main() -> str:
+        async with open_publisher(
+            settings.nats_url,
+            agent_id=agent_id,
+            agent_role=agent_role,
+            creds=settings.nats_creds,
+            ca=settings.nats_ca,
+        ) as publisher:
+            return (await publisher.share(kind, text, confidence, related_to=related_to)).uri
+
+    try:
+        click.echo(run_or_fail(main))
+    except InvalidDiscovery as error:
+        fail(str(error), WRONG_USE)
+    except NatsError as error:
+        fail(f"not shared: {error.detail}")
+
+
+@main.command()
+@click.argument("url", default="http://127.0.0.1:3000")
+@click.option("--agent-id", default="tail", show_default=True, help="Who listens.")
+@click.option("--type", "types", multiple=True, help="Only this type; repeatable.")
+@click.option("--role", "roles", multiple=True, help="Only agents of this role; repeatable.")
+@click.option("--agent", "agents", multiple=True, help="Only this agent; repeatable.")
+@click.option("--subject", "subjects", multiple=True, help="Only NATS subjects matching this; repeatable.")
+@click.option("--min-confidence", type=click.FloatRange(0, 1), help="Only at or above.")
+@click.option("--last-event-id", default="", help="Resume after this event.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on each line, for pipes.")
+@click.option("--token", envvar="SSE_TRIO_TOKEN", help="Bearer token (or SSE_TRIO_TOKEN).")
+def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_id: str, **filters: Any) -> None:
+    """Follow a running server at URL; reconnects and resumes by itself.
+
+    Discoveries go to standard output, interruptions to standard error. Ctrl-C ends it.
+
+    \b
+    Examples:
+      sse-trio tail
+      sse-trio tail https://sse.example.org --type anomaly --min-confidence 0.8
+      sse-trio tail --json | jq -r .data.params.uri
+    """
+    from sse_trio.listener import ListenError, follow
+    from sse_trio.tail import tail as tail_stream
+
+    async def main() -> None:
+        async with follow(
+            url, agent_id=agent_id, full=True, last_event_id=last_event_id, token=token, **filters
+        ) as follower:
+            await tail_stream(follower, sys.stdout, as_json=as_json, colours=sys.stdout.isatty())
+
+    try:
+        run_or_fail(main)
+    except ListenError as error:
+        fail(str(error))
+
+
+@main.command()
+@click.option("--bind", default="127.0.0.1:3000", show_default=True, help="Where the server is going to listen.")
+def doctor(bind: str) -> None:
+    """Check what the server needs (NATS, JetStream, the stream, permissions, port, open files); say what to do."""
+    from sse_trio.doctor import examine
+
+    settings = settings_or_fail()
+    findings = run_or_fail(partial(examine, settings, bind))
+    for finding in findings:
+        click.echo(f"{finding.verdict:<4}  {finding.subject}: {finding.detail}")
+    sys.exit(FAILED if any(finding.verdict == "FAIL" for finding in findings) else 0)
