@@ -22,6 +22,7 @@ from werkzeug.exceptions import HTTPException
 from sse_trio.access import Refused, forbidden
 from sse_trio.history import event_id
 from sse_trio.metrics import CONTENT_TYPE
+from sse_trio.openapi import openapi_document
 from sse_trio.resources import add_resources
 from sse_trio.services import InvalidParameters, Services, filter_of, grant_of_sender, json_answer, problem
 from sse_trio.stream import EventStream
@@ -238,6 +239,14 @@ def create_blueprint(services: Services) -> Blueprint:
     @routes.get("/metrics")
     async def metrics() -> Response:
         return Response(services.metrics.render(), content_type=CONTENT_TYPE)
+
+    @routes.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_answer(openapi_document())
+
+    @routes.get("/docs")
+    async def docs() -> Response:
+        return page_file("docs.html")
 
     # -- the live page -----------------------------------------------------------------------------------------------
 
