@@ -27,6 +27,7 @@ from sse_trio.connection import ASGIConnection, Worker
 from sse_trio.logs import configure_logging
 from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed
+from sse_trio.publisher import Publisher
 from sse_trio.reader import Reader
 from sse_trio.routes import create_blueprint
 from sse_trio.services import Services
@@ -106,6 +107,7 @@ class App(QuartTrio):
             settings=settings,
             broadcaster=self.broadcaster,
             feed=self.feed,
+            publisher=Publisher(settings.nats_url, creds=settings.nats_creds, ca=settings.nats_ca),
             access=access,
             metrics=Metrics(self.broadcaster, self.feed, access),
             reader=Reader(self.broadcaster, self.feed.backlog),
@@ -130,6 +132,7 @@ class App(QuartTrio):
             log.warning(self.limit_warning)
         await nursery.start(self.services.access.run)
         nursery.start_soon(self.services.metrics.run)
+        nursery.start_soon(self.services.publisher.run)
         nursery.start_soon(self.feed.run)
         with trio.move_on_after(START_TIMEOUT):
             await self.feed.first_attempt.wait()

@@ -151,6 +151,7 @@ def demo(bind: str) -> None:
 
     Prints the address of a live page. Ctrl-C ends all of it, and no file is left.
     """
+    from sse_trio.discovery import build
     from sse_trio.embedded_nats import embedded_nats
     from sse_trio.sample_agents import sample_agents
     from sse_trio.server import StartError, bind_socket, run_app, stop_on_signals
@@ -168,7 +169,9 @@ def demo(bind: str) -> None:
             app = app_of(base.model_copy(update={"nats_url": (nats.url,), "allowed_hosts": hosts, "log_level": quiet}))
 
             async def share(fields: Mapping[str, Any]) -> str:
-                return await share_through(app, fields)
+                discovery = build(fields)
+                await app.services.publisher.publish(discovery)
+                return discovery.uri
 
             async with trio.open_nursery() as nursery:
                 url = await nursery.start(partial(run_app, app, bound, stop))
@@ -182,19 +185,6 @@ def demo(bind: str) -> None:
                     agents.cancel_scope.cancel()
 
     run_or_fail(main)
-
-
-async def share_through(app: App, fields: Mapping[str, Any]) -> str:
-    """Share by the feed's own connection; while that is away, nothing is shared."""
-    from sse_trio.discovery import build
-    from sse_trio.nats_protocol import NatsError
-
-    discovery = build(fields)
-    try:
-        await app.feed.share(discovery)
-    except NatsError:
-        await trio.lowlevel.checkpoint()
-    return discovery.uri
 
 
 @main.command()

@@ -10,9 +10,7 @@ when we are back. With JetStream the numbers are the stream's, and nothing is lo
 
 from __future__ import annotations
 
-import json
 import random
-import secrets
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,8 +20,8 @@ import structlog
 import trio
 
 from sse_trio.backlog import Backlog, Page
-from sse_trio.discovery import Discovery, subject_for
-from sse_trio.jetstream import Batch, Consumer, ConsumerBroken, JetStream, StoredMessage, StreamInfo, base36
+from sse_trio.consumer import Batch, Consumer, ConsumerBroken, StoredMessage
+from sse_trio.jetstream import JetStream, StreamInfo, base36
 from sse_trio.nats_connection import NatsConnection, open_connection
 from sse_trio.nats_protocol import NatsError
 from sse_trio.rounds import Broadcaster, FeedCounters, Rounds
@@ -81,7 +79,6 @@ class NatsFeed:
         self.consumer: Consumer | None = None
         """The consumer of the stream while there is one."""
         self._mode: Literal["core", "jetstream"] | None = None
-        self._connection: NatsConnection | None = None
         self._rounds = Rounds(broadcaster, self.counters, settings.buffer)
         self._all_ours = False
         self._was_live = False
@@ -103,14 +100,11 @@ class NatsFeed:
                     async with open_connection(
                         url, creds=self.settings.nats_creds, ca=self.settings.nats_ca
                     ) as connection:
-                        self._connection = connection
                         await self._feed(connection)
                 except NatsError as error:
                     if self.status.live:
                         delays.reset()
                     self._down(error)
-                finally:
-                    self._connection = None
                 await trio.sleep(delays.next())
 
     async def _feed(self, connection: NatsConnection) -> None:
@@ -188,7 +182,7 @@ class NatsFeed:
                 log.info("consumer restarted", cause=str(broken))
                 if broken.silent:
                     self._down(NatsError("stream", f"{stream.connection.server}: the consumer is silent: {broken}"))
-            await stream.forget(consumer)
+            stream.forget(consumer)
 
     async def _open_stream(self, stream: JetStream) -> StreamInfo:
         """Find or create the stream, and tell the broadcaster what has become of its past."""
@@ -315,25 +309,6 @@ class NatsFeed:
     async def read(self, after: int) -> Page:
         """Frames of the stream that follow `after`; see `Backlog.read`. On core NATS it waits for ever."""
         return await self.backlog.read(after)
-
-    # -- sharing -----------------------------------------------------------------------------------------------------
-
-    async def share(self, discovery: Discovery, *, message_id: str | None = None) -> None:
-        """Publish a discovery over the feed's connection; returns when the stream, or the server, has it.
-
-        Raises:
-            NatsError: there is no connection now, or it was not taken.
-        """
-        connection = self._connection
-        if connection is None or self._mode is None:
-            raise NatsError("unreachable", "there is no connection to NATS now")
-        subject, headers = subject_for(discovery), {"Nats-Msg-Id": message_id or secrets.token_hex(16)}
-        if self._mode == "core" or not matches(self.settings.nats_subject, subject):
-            await connection.publish(subject, discovery.payload, headers=headers, confirm=True)
-            return
-        answer = json.loads((await connection.request(subject, discovery.payload, headers=headers)).payload)
-        if "error" in answer:
-            raise NatsError("stream", f"the stream says: {answer['error'].get('description', 'no')}")
 
     # -- status ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from quart import Blueprint, Response, request
 from werkzeug.exceptions import NotFound
+from werkzeug.routing import BaseConverter
 
 from sse_trio.access import Grant, forbidden
 from sse_trio.client import Filter
@@ -23,10 +24,19 @@ MAX_LIMIT = 500
 MOMENT = re.compile(r"(-?[0-9]{1,12})-")
 
 
+class Anything(BaseConverter):
+    """Any rest of a path. The `path` converter stops at a line feed, which may well stand in an encoded segment."""
+
+    regex = r"[\s\S]+"
+    part_isolating = False
+
+
 def add_resources(routes: Blueprint, services: Services) -> None:
     """Add the routes to `routes`, answering from `services`."""
+    routes.record_once(lambda state: state.app.url_map.converters.update(anything=Anything))
 
-    @routes.get("/agents/<path:_>")
+    # Decoded slashes are no segments: without `merge_slashes=False` an agent "/b" would be redirected to "b".
+    @routes.get("/agents/<anything:_>", merge_slashes=False)
     async def read(_: str) -> Response:
         """`/agents/{agent_id}/discoveries/{discovery_id}`, on the raw path: an encoded `/` stays in its segment."""
         grant = await grant_of_sender(services)
@@ -81,8 +91,10 @@ def add_resources(routes: Blueprint, services: Services) -> None:
             if error.reason == "oversized":
                 return problem(413, f"a discovery has at most {MAX_PAYLOAD} bytes")
             return problem(400, str(error), errors=error.errors)
+        if not services.feed.status.live:
+            return problem(503, "NATS cannot be reached now", headers={"Retry-After": "5"})
         try:
-            await services.feed.share(discovery)
+            await services.publisher.publish(discovery)
         except NatsError as error:
             return problem(503, f"NATS does not take it: {error.detail}", headers={"Retry-After": "5"})
         return json_answer({"uri": discovery.uri}, 202)

@@ -16,6 +16,7 @@ from sse_trio.client import Filter
 from sse_trio.discovery import DISCOVERY_TYPES
 from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed
+from sse_trio.publisher import Publisher
 from sse_trio.reader import Reader
 from sse_trio.settings import Settings
 from sse_trio.sse import compact
@@ -32,6 +33,7 @@ class Services:
     settings: Settings
     broadcaster: Broadcaster
     feed: NatsFeed
+    publisher: Publisher
     access: Access
     metrics: Metrics
     reader: Reader
