@@ -1,44 +1,29 @@
-"""One JetStream stream: finding or creating it, reading from it, and an ordered consumer that restarts at no cost.
+"""One JetStream stream on one connection: finding or creating it, reading from it, and consuming it.
 
-Strategy: the JetStream API is JSON over requests, so this is a thin layer over a connection. The ordered consumer is
-ours: an ephemeral push consumer in the server's memory, whose numbering shows every hole, whose heartbeats show every
-silence, and whose flow control is answered when what came before it has been dealt with: that is the back-pressure.
-It repairs nothing. When anything is odd it raises `ConsumerBroken`, and its owner makes another that starts where this
-one stood.
+Strategy: the JetStream API is JSON over requests, so this is a thin layer over a connection. Nothing is tried twice
+here: whoever asks decides whether to ask again, or to open another connection.
 
 What a stream holds was published by others. A publisher may set any header, and any status line: only what the server
-appends (the last field of a name) and where it puts a message (the reply subject) is believed.
+appends (the last field of a name) is believed.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from secrets import token_hex
-from typing import Any, NamedTuple
+from typing import Any
 
-import trio
-
-from sse_trio.nats_connection import Inbox, NatsConnection
+from sse_trio import consumer
+from sse_trio.consumer import Consumer, StoredMessage
+from sse_trio.nats_connection import NatsConnection
 from sse_trio.nats_protocol import Message, NatsError, NoResponders
 
-__all__ = [
-    "Batch",
-    "Consumer",
-    "ConsumerBroken",
-    "JetStream",
-    "JetStreamError",
-    "JetStreamUnavailable",
-    "StoredMessage",
-    "StreamInfo",
-    "base36",
-]
-
-HEARTBEAT = 1.0
-"""Seconds of silence after which the server sends a heartbeat; three of them missed, and the consumer is dead."""
+__all__ = ["JetStream", "JetStreamError", "JetStreamUnavailable", "StreamInfo", "base36"]
 
 INACTIVE = 30.0
 """Seconds after which the server forgets a consumer whose subscriber has gone."""
@@ -69,23 +54,6 @@ class JetStreamError(NatsError):
 
 class JetStreamUnavailable(NatsError):
     """Nobody answers for JetStream: it is off, or its cluster has no leader now."""
-
-
-class ConsumerBroken(Exception):
-    """This consumer's messages are no longer complete; the text says how that shows. Make another one."""
-
-    def __init__(self, cause: str, *, silent: bool = False) -> None:
-        super().__init__(cause)
-        self.silent = silent
-        """Whether nothing at all came for too long, so that events may be waiting."""
-
-
-class StoredMessage(NamedTuple):
-    """A message of the stream."""
-
-    sequence: int
-    subject: str
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +111,20 @@ class JetStream:
             message = await self.connection.request(f"$JS.API.{operation}", body, within=API_TIMEOUT)
         except NoResponders:
             raise JetStreamUnavailable("stream", f"{self.connection.server}: JetStream is not available") from None
-        answer: dict[str, Any] = json.loads(message.payload)
-        if error := answer.get("error"):
-            text = f"{self.connection.server}: JetStream: {error.get('description', 'refused')}"
-            raise JetStreamError(int(error.get("err_code", 0)), text)
+        with self._understanding():
+            answer: dict[str, Any] = json.loads(message.payload)
+            if error := answer.get("error"):
+                text = f"{self.connection.server}: JetStream: {error.get('description', 'refused')}"
+                raise JetStreamError(int(error.get("err_code", 0)), text)
         return answer
+
+    @contextmanager
+    def _understanding(self) -> Iterator[None]:
+        """What the server says may be other than we know it: that ends the connection, not the process."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise NatsError("protocol", f"{self.connection.server}: an answer of JetStream is odd: {error!r}") from None
 
     async def is_available(self) -> bool:
         """Whether this account has JetStream here. Raises where that cannot be known now."""
@@ -181,12 +158,14 @@ class JetStream:
     async def info(self) -> StreamInfo | None:
         """The stream, from its leader; None when there is no such stream."""
         try:
-            info = StreamInfo.of(await self._api(f"STREAM.INFO.{self.name}"))
+            answer = await self._api(f"STREAM.INFO.{self.name}")
         except JetStreamError as error:
             if error.code == STREAM_NOT_FOUND:
                 return None
             raise
-        self.direct = info.allow_direct
+        with self._understanding():
+            info = StreamInfo.of(answer)
+        self.direct = self.direct and info.allow_direct
         return info
 
     async def create(self, *, max_age: float, max_bytes: int, replicas: int) -> StreamInfo:
@@ -234,12 +213,13 @@ class JetStream:
             raise NatsError("stream", f"{self.connection.server}: reading the stream: {closing.description}")
         messages = []
         previous = 0
-        for answer in answers:
-            fields = answer.headers
-            if previous and fields.get("Nats-Last-Sequence") != str(previous):
-                raise NatsError("stream", f"{self.connection.server}: an answer of the stream has a hole")
-            previous = int(fields["Nats-Sequence"])
-            messages.append(StoredMessage(previous, fields["Nats-Subject"], answer.payload))
+        with self._understanding():
+            for answer in answers:
+                fields = answer.headers
+                if previous and fields.get("Nats-Last-Sequence") != str(previous):
+                    raise NatsError("stream", f"{self.connection.server}: an answer of the stream has a hole")
+                previous = int(fields["Nats-Sequence"])
+                messages.append(StoredMessage(previous, fields["Nats-Subject"], answer.payload))
         return messages, closing.headers.get("Nats-Num-Pending") == "0"
 
     async def _read_singly(self, sequence: int, limit: int) -> tuple[list[StoredMessage], bool]:
@@ -262,22 +242,31 @@ class JetStream:
         return await self._get({"seq": sequence})
 
     async def _get(self, request: Mapping[str, Any]) -> StoredMessage | None:
+        found = await self._get_dated(request)
+        return found[0] if found is not None else None
+
+    async def _get_dated(self, request: Mapping[str, Any]) -> tuple[StoredMessage, datetime] | None:
+        """A message and when it was stored."""
         try:
-            answer = (await self._api(f"STREAM.MSG.GET.{self.name}", request))["message"]
+            answer = await self._api(f"STREAM.MSG.GET.{self.name}", request)
         except JetStreamError as error:
             if error.code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        return StoredMessage(int(answer["seq"]), answer["subject"], base64.b64decode(answer.get("data", "")))
+        with self._understanding():
+            message = answer["message"]
+            payload = base64.b64decode(message.get("data", ""))
+            stored = StoredMessage(int(message["seq"]), message["subject"], payload)
+            return stored, datetime.fromisoformat(message["time"])
 
     async def first_at(self, moment: datetime) -> int | None:
         """The sequence of the first message that was stored at or after `moment` (aware); None when there is none."""
         if not (self.direct and self._batches):
             return await self._first_at_by_bisection(moment)
-        answers = await self._direct(
-            {"start_time": moment.isoformat(), "batch": 1, "next_by_subj": self.subject},
-        )
-        return int(answers[0].headers["Nats-Sequence"]) if len(answers) > 1 else None
+        request = {"start_time": moment.isoformat(), "batch": 1, "next_by_subj": self.subject}
+        answers = await self._direct(request)
+        with self._understanding():
+            return int(answers[0].headers["Nats-Sequence"]) if len(answers) > 1 else None
 
     async def _first_at_by_bisection(self, moment: datetime) -> int | None:
         """As `first_at`, with about twenty requests."""
@@ -287,19 +276,13 @@ class JetStream:
         low, high = info.first, info.last + 1  # everything before low is earlier; what is at high or later is not
         while low < high:
             middle = (low + high) // 2
-            try:
-                answer = await self._api(f"STREAM.MSG.GET.{self.name}", {"seq": middle, "next_by_subj": self.subject})
-            except JetStreamError as error:
-                if error.code != MESSAGE_NOT_FOUND:
-                    raise
-                high = middle
-                continue
-            if datetime.fromisoformat(answer["message"]["time"]) < moment:
-                low = int(answer["message"]["seq"]) + 1
+            found = await self._get_dated({"seq": middle, "next_by_subj": self.subject})
+            if found is not None and found[1] < moment:
+                low = found[0].sequence + 1
             else:
                 high = middle
-        found = await self.next(low)
-        return found.sequence if found is not None else None
+        first = await self.next(low)
+        return first.sequence if first is not None else None
 
     async def _direct(self, request: Mapping[str, Any]) -> list[Message]:
         """All answers to a batched direct get; the last is the closing status."""
@@ -327,7 +310,7 @@ class JetStream:
                         "ack_policy": "none",
                         "max_deliver": 1,
                         "flow_control": True,
-                        "idle_heartbeat": round(HEARTBEAT * _SECOND),
+                        "idle_heartbeat": round(consumer.HEARTBEAT * _SECOND),
                         "mem_storage": True,
                         "num_replicas": 1,
                         "inactive_threshold": round(INACTIVE * _SECOND),
@@ -337,94 +320,14 @@ class JetStream:
         except BaseException:
             inbox.close()
             raise
-        return Consumer(self, name, inbox, int(answer["num_pending"]))
+        with self._understanding():
+            return Consumer(self.connection, name, inbox, int(answer["num_pending"]))
 
-    async def forget(self, consumer: Consumer) -> None:
-        """Delete a consumer that is not needed any more; where that fails, the server does it after a while."""
-        consumer.inbox.close()
-        try:
-            await self._api(f"CONSUMER.DELETE.{self.name}.{consumer.name}")
-        except NatsError:
-            pass  # it is gone already, or it will be after INACTIVE seconds
-
-
-class Batch(NamedTuple):
-    """What a consumer has given since it was last asked."""
-
-    messages: list[StoredMessage]
-    pending: list[int]
-    """For each message, how many followed it in the stream when the server sent it."""
-    skipped_to: int
-    """Nothing else of ours is in the stream up to this sequence; 0 where that is not known."""
-
-
-class Consumer:
-    """An ordered consumer: its messages are complete and in order, or it raises `ConsumerBroken`."""
-
-    def __init__(self, stream: JetStream, name: str, inbox: Inbox, backlog: int) -> None:
-        self.stream = stream
-        self.name = name
-        self.inbox = inbox
-        self.backlog = backlog
-        """How many messages were waiting when it was created."""
-        self._delivered = 0
-        self._flow_control: list[str] = []
-        self._broken: str | None = None
-
-    async def take(self) -> Batch:
-        """Everything that has arrived; waits for something. By asking, the caller says that it is done with the last.
-
-        Raises:
-            ConsumerBroken: messages are missing, or the server has been silent for too long.
-            NatsError: the connection is dead.
-        """
-        for reply in self._flow_control:
-            self.stream.connection.publish_nowait(reply)
-        self._flow_control.clear()
-        if self._broken is not None:
-            raise ConsumerBroken(self._broken)
-        with trio.move_on_after(3 * HEARTBEAT) as scope:
-            arrived = await self.inbox.take()
-        if scope.cancelled_caught:
-            raise ConsumerBroken(f"no heartbeat for {3 * HEARTBEAT:g} s", silent=True)
-        if self.inbox.lost:
-            self._broken = f"{self.inbox.lost} messages did not fit into memory"
-        return self._sort(arrived)
-
-    def _sort(self, arrived: list[Message]) -> Batch:
-        """Take messages and control apart, up to the first sign that something is missing."""
-        messages: list[StoredMessage] = []
-        pending: list[int] = []
-        skipped_to = 0
-        for message in arrived:
-            if message.reply.startswith(b"$JS.ACK."):
-                # $JS.ACK.[domain.account.]stream.consumer.delivered.STREAM-SEQ.CONSUMER-SEQ.time.PENDING[.token]
-                tokens = message.reply.split(b".")
-                offset = 0 if len(tokens) == 9 else 2
-                consumer_sequence = int(tokens[6 + offset])
-                if consumer_sequence != self._delivered + 1:
-                    self._broken = f"message {self._delivered + 1} is missing, {consumer_sequence} came"
-                    break
-                self._delivered = consumer_sequence
-                messages.append(StoredMessage(int(tokens[5 + offset]), message.subject, message.payload))
-                pending.append(int(tokens[8 + offset]))
-                skipped_to = 0
-            elif message.status == 100:
-                if message.reply:
-                    self._flow_control.append(message.reply.decode())
-                    continue
-                fields = message.headers
-                if stalled := fields.get("Nats-Consumer-Stalled"):
-                    self._flow_control.append(stalled)
-                if fields.get("Nats-Last-Consumer") != str(self._delivered):
-                    self._broken = f"message {fields.get('Nats-Last-Consumer')} was sent, {self._delivered} came"
-                    break
-                if not stalled:
-                    skipped_to = int(fields.get("Nats-Last-Stream", "0"))
-            else:
-                self._broken = f"the server says: {message.status} {message.description}"
-                break
-        return Batch(messages, pending, skipped_to)
+    def forget(self, old: Consumer) -> None:
+        """Delete a consumer that is not needed any more. Not waited for: the server would do it itself in the end."""
+        old.inbox.close()
+        if self.connection.failure is None:
+            self.connection.publish_nowait(f"$JS.API.CONSUMER.DELETE.{self.name}.{old.name}")
 
 
 def _closes(message: Message) -> bool:

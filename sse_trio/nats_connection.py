@@ -50,6 +50,9 @@ MAX_PENDING = 256 << 20
 WRITE_BUFFER = 1 << 20
 """Bytes that wait to be written before `publish` waits for the server to take them."""
 
+TAKEN_AT_ONCE = 2000
+"""Messages that one `take` returns, at most: what is done with them without a pause must not take long."""
+
 MESSAGE_OVERHEAD = 300
 """Bytes that a message takes in memory beside its payload."""
 
@@ -81,7 +84,7 @@ class Inbox:
         self._wake.set()
 
     async def take(self) -> list[Message]:
-        """All messages that are here, at least one; waits for the first.
+        """All messages that are here (at least one, not more than `TAKEN_AT_ONCE`); waits for the first.
 
         Raises:
             NatsError: the connection is dead, and everything that had arrived was taken.
@@ -92,9 +95,16 @@ class Inbox:
                 raise self._connection.failure
             self._wake = trio.Event()
             await self._wake.wait()
-        messages, self._messages = self._messages, []
-        self.lost, self._dropped = self._dropped, 0
-        self._bytes = 0
+        if len(self._messages) > TAKEN_AT_ONCE:
+            messages = self._messages[:TAKEN_AT_ONCE]
+            del self._messages[:TAKEN_AT_ONCE]
+            self.lost = 0  # what was lost was behind those that stay
+            if not self._dropped:
+                self._bytes -= sum(len(message.payload) + MESSAGE_OVERHEAD for message in messages)
+        else:
+            messages, self._messages = self._messages, []
+            self.lost, self._dropped = self._dropped, 0
+            self._bytes = 0
         return messages
 
     def wake(self) -> None:

@@ -19,14 +19,14 @@ import trio.lowlevel
 from recorder import Recorder, down, live, operator, running
 from support import WITHIN, NatsServer, eventually, fail_within, free_port, nats_server, payload
 
-from sse_trio import jetstream, nats_feed
+from sse_trio import consumer, nats_feed
 from sse_trio.nats_connection import NatsError, open_connection
 
 
 @pytest.fixture
 def quick_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer that is gone is noticed in half a second."""
-    monkeypatch.setattr(jetstream, "HEARTBEAT", 0.15)
+    monkeypatch.setattr(consumer, "HEARTBEAT", 0.15)
 
 
 @pytest.fixture
