@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 from urllib.parse import unquote
 
+import trio
 from quart import Blueprint, Response, request
-from werkzeug.exceptions import NotFound
+from werkzeug.exceptions import NotFound, RequestTimeout
 from werkzeug.routing import BaseConverter
 
 from sse_trio.access import Grant, forbidden
@@ -83,8 +85,9 @@ def add_resources(routes: Blueprint, services: Services) -> None:
             return problem(415, "this takes application/json", headers={"Accept-Post": "application/json"})
         if (request.content_length or 0) > MAX_PAYLOAD:
             return problem(413, f"a discovery has at most {MAX_PAYLOAD} bytes")
-        body = await request.get_data(as_text=False)
-        assert isinstance(body, bytes)
+        body = await body_of_request(MAX_PAYLOAD)
+        if body is None:
+            return problem(413, f"a discovery has at most {MAX_PAYLOAD} bytes")
         try:
             discovery = build(parse(body))
         except InvalidDiscovery as error:
@@ -103,6 +106,25 @@ def add_resources(routes: Blueprint, services: Services) -> None:
         if not grant.may_share:
             off = "this answers a local sender only"
             raise forbidden("the token does not let you share" if services.access.authenticates else off)
+
+
+async def body_of_request(limit: int) -> bytes | None:
+    """The request's body, or None as soon as it is longer than `limit`.
+
+    Quart would wait for the end of it first, and Quart-Trio 0.13 keep everything until then.
+
+    Raises:
+        RequestTimeout: it took longer than BODY_TIMEOUT.
+    """
+    body = bytearray()
+    with trio.move_on_after(request.body_timeout or math.inf) as scope:
+        async for part in request.body:
+            body += part
+            if len(body) > limit:
+                return None
+    if scope.cancelled_caught:
+        raise RequestTimeout
+    return bytes(body)
 
 
 def listed(frame: Frame) -> dict[str, Any]:
