@@ -102,7 +102,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--bind", default="127.0.0.1:3000", show_default=True, help="host:port, [v6]:port, unix:path or fd://N.")
+@click.option(
+    "--bind", default="127.0.0.1:3000", show_default=True, help="host:port, [v6]:port, port, unix:path or fd://N."
+)
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes on one socket.")
 @click.option("--certfile", type=click.Path(exists=True, dir_okay=False), help="Certificate chain (PEM): serve TLS.")
 @click.option("--keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key (PEM).")
@@ -138,7 +140,8 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
     async def main() -> None:
         async with stop_on_signals(app, settings.drain_delay) as stop, trio.open_nursery() as nursery:
             url = await nursery.start(partial(run_app, app, bound, stop, certfile=certfile, keyfile=keyfile))
-            click.echo(f"sse-trio serves {url}", err=True)
+            if not stop.is_set():
+                click.echo(f"sse-trio serves {url}", err=True)
 
     app = app_of(settings)
     run_or_fail(main)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
-from typing import Any
 
 import structlog
 import trio
@@ -44,19 +43,21 @@ class StartError(Exception):
 
 
 def bind_socket(bind: str) -> socket.socket:
-    """A listening socket for `host:port`, `[v6]:port`, `unix:path` or `fd://number`.
+    """A listening socket for `host:port`, `[v6]:port`, `port` (of 127.0.0.1), `unix:path` or `fd://number`.
 
     Raises:
         StartError: it cannot be had; the text names the address.
     """
     config = Config()
-    config.bind = [bind]
+    config.bind = [f"127.0.0.1:{bind.removeprefix(':')}" if bind.removeprefix(":").isdecimal() else bind]
     try:
+        if not bind.startswith(("unix:", "fd://")) and not config.bind[0].rpartition(":")[2].isdecimal():
+            raise ValueError("it has no port")
         bound = config.create_sockets().insecure_sockets[0]
         bound.listen(BACKLOG)
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StartError(f"cannot listen on {bind}: {reason}") from None
+        raise StartError(f"cannot listen on {config.bind[0]}: {reason[:1].lower()}{reason[1:]}") from None
     return bound
 
 
@@ -71,8 +72,11 @@ async def run_app(
 ) -> None:
     """Serve `app` on a listening socket until `stop`, then drain. Starts (`task_status`) with the URL it serves.
 
+    A `stop` that comes during start-up ends that at once.
+
     Raises:
         LifespanFailureError: start-up failed, or a task of the application did.
+        StartError: the certificate or its key cannot be used.
     """
     config = Config()
     config.bind = [f"fd://{bound.fileno()}"]
@@ -80,32 +84,27 @@ async def run_app(
     config.graceful_timeout = GRACE
     config.certfile, config.keyfile = certfile, keyfile
     config.errorlog = None
+    try:
+        config.create_ssl_context()
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot use {certfile} with {keyfile}: {error}") from None
+
     async with trio.open_nursery() as nursery:
-        # No listener before the first request does the walk to the worker: the streams learn of the end from us too.
-        nursery.start_soon(_drain_when, stop, app)
-        await hypercorn_serve(
-            app,
-            config,
-            shutdown_trigger=stop.wait,
-            task_status=_Renamed(task_status, bound, "https" if certfile else "http"),
-        )
-        nursery.cancel_scope.cancel()
 
+        async def serve(*, task_status: trio.TaskStatus[list[str]]) -> None:
+            await hypercorn_serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
+            nursery.cancel_scope.cancel()
 
-async def _drain_when(stop: trio.Event, app: App) -> None:
-    await stop.wait()
-    app.drain()
+        async def drain(starting: trio.CancelScope) -> None:
+            # The streams learn of the end from us: before the first request, nothing has shown the app its worker.
+            await stop.wait()
+            starting.cancel()
+            app.drain()
 
-
-class _Renamed:
-    """Hypercorn starts with the names of its file descriptors; people want an address."""
-
-    def __init__(self, task_status: trio.TaskStatus[str], bound: socket.socket, scheme: str) -> None:
-        self._task_status = task_status
-        self._url = url_of(bound, scheme)
-
-    def started(self, value: Any = None) -> None:
-        self._task_status.started(self._url)
+        with trio.CancelScope() as starting:
+            nursery.start_soon(drain, starting)
+            await nursery.start(serve)
+        task_status.started(url_of(bound, "https" if certfile else "http"))
 
 
 def url_of(bound: socket.socket, scheme: str) -> str:
@@ -117,22 +116,32 @@ def url_of(bound: socket.socket, scheme: str) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}"
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask us to end. A closed terminal is one, unless `nohup` has said otherwise."""
+    asked = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return asked
+
+
 @asynccontextmanager
 async def stop_on_signals(app: App | None = None, delay: float = 0.0) -> AsyncIterator[trio.Event]:
-    """An event that SIGINT or SIGTERM sets; with a `delay`, `/health` of `app` says no for so many seconds before."""
+    """An event that a signal to end sets; with a `delay`, `/health` of `app` says no for so many seconds before."""
     stop = trio.Event()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*stop_signals()) as signals:
         async with trio.open_nursery() as nursery:
 
-            async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            async def watch(*, task_status: trio.TaskStatus[None]) -> None:
                 task_status.started()
-                await anext(aiter(signals))
+                await anext(signals)
                 if app is not None and delay > 0:
                     app.services.draining = True
                     log.info("draining soon", seconds=delay)
                     with trio.move_on_after(delay):
-                        await anext(aiter(signals))
+                        await anext(signals)
                 stop.set()
+                async for _ in signals:
+                    pass  # asked again: it is under way
 
             await nursery.start(watch)
             yield stop
@@ -152,31 +161,42 @@ def shared_metrics() -> Iterator[dict[str, str]]:
 async def run_workers(count: int, bound: socket.socket, options: list[str], grace: float) -> int:
     """Serve on one socket with `count` processes, until a signal or until one of them ends; the exit code.
 
-    `grace` is the number of seconds that a worker may take to end.
+    Every signal to end is passed on, so that a second one shortens the drain. `grace` is the number of seconds that a
+    worker may take to end.
     """
     command = [sys.executable, "-m", "sse_trio", "serve", "--bind", f"fd://{bound.fileno()}", *options]
-    with shared_metrics() as environment:
-        async with stop_on_signals() as stop:
-            workers = [child.spawn(command, env=environment, pass_fds=[bound.fileno()]) for _ in range(count)]
-            try:
-                async with trio.open_nursery() as nursery:
+    stopping = False
+    with shared_metrics() as environment, trio.open_signal_receiver(*stop_signals()) as signals:
+        workers = [child.spawn(command, env=environment, pass_fds=[bound.fileno()]) for _ in range(count)]
+        try:
+            async with trio.open_nursery() as nursery:
 
-                    async def stop_when_ended(worker: Any) -> None:
-                        await child.wait(worker)
-                        if not stop.is_set():
-                            log.critical("a worker ended by itself", pid=worker.pid, code=worker.returncode)
+                async def pass_on() -> None:
+                    nonlocal stopping
+                    async for _ in signals:
+                        if not stopping:
+                            nursery.cancel_scope.deadline = trio.current_time() + grace
+                        stopping = True
+                        for worker in workers:
+                            worker.terminate()
+
+                async def wait_for(worker: subprocess.Popen[bytes]) -> None:
+                    await child.wait(worker)
+                    if not stopping:
+                        log.critical("a worker ended by itself", pid=worker.pid, code=worker.returncode)
                         nursery.cancel_scope.cancel()
 
+                nursery.start_soon(pass_on)
+                async with trio.open_nursery() as waiting:
                     for worker in workers:
-                        nursery.start_soon(stop_when_ended, worker)
-                    await stop.wait()
-                    nursery.cancel_scope.cancel()
-            finally:
+                        waiting.start_soon(wait_for, worker)
+                nursery.cancel_scope.cancel()
+        finally:
+            for worker in workers:
+                if worker.poll() is None and not stopping:
+                    worker.terminate()
+            async with trio.open_nursery() as nursery:
                 for worker in workers:
-                    if worker.poll() is None:
-                        worker.terminate()
-                async with trio.open_nursery() as nursery:
-                    for worker in workers:
-                        nursery.start_soon(partial(child.end, worker, grace))
+                    nursery.start_soon(child.end, worker, 0.0 if stopping else grace)
     codes = [worker.returncode for worker in workers]
-    return next((code if code > 0 else 1 for code in codes if code), 0 if stop.is_set() else 1)
+    return next((code if code > 0 else 1 for code in codes if code), 0 if stopping else 1)
