@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-NODE_PACKAGES = ("eventsource@5", "axe-core@4")
+NODE_PACKAGES = ("eventsource@4", "axe-core@4")
 MINIMUM_NODE = 20
 NODE_FOLDER = Path(sys.prefix) / "node"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
