@@ -40,6 +40,7 @@ __all__ = [
     "Report",
     "SchedulerMoved",
     "TeardownError",
+    "act_at_every_step",
     "assert_nothing_left",
     "cancel_at_every_step",
     "cancel_part_at_every_step",
@@ -119,7 +120,7 @@ async def cancel_at_every_step(scenario: Scenario, *, check: Check, **options: U
         with run.scope:
             await scenario()
 
-    return await _at_every_step(body, _Blow("cancelled", _cancel), check, options)
+    return await _at_every_step(body, _Blow("cancelled", _cancel, early=True), check, options)
 
 
 async def cancel_part_at_every_step(
@@ -140,7 +141,7 @@ async def cancel_part_at_every_step(
         await scenario(run.scope)
         cancelled = cancelled or run.scope.cancelled_caught
 
-    report = await _at_every_step(body, _Blow("cancelled in part", _cancel), check, options)
+    report = await _at_every_step(body, _Blow("cancelled in part", _cancel, early=True), check, options)
     if not cancelled:
         raise ValueError("the scenario never entered the scope that it was given, so nothing was cancelled")
     return report
@@ -173,13 +174,31 @@ async def raise_at_every_step(
     return await _at_every_step(body, blow, check, options)
 
 
+async def act_at_every_step(
+    scenario: Scenario, action: Callable[[], object], *, check: Check, **options: Unpack[Options]
+) -> Report:
+    """Call `action()` at every step: the peer hangs up, the server drains, somebody publishes.
+
+    It is synchronous, runs between two turns of the scheduler, and must not raise. What follows from it the scenario
+    asserts itself. Everything else is as in `cancel_at_every_step`.
+    """
+
+    def strike(run: _Run, task: Task) -> None:
+        action()
+
+    async def body(run: _Run) -> None:
+        await scenario()
+
+    return await _at_every_step(body, _Blow("struck", strike), check, options)
+
+
 async def delay_at_every_step(
     scenario: Scenario, seconds: float, *, check: Check, **options: Unpack[Options]
 ) -> Report:
     """Let `seconds` pass at every step, as on a busy machine: deadlines expire where nobody expects it.
 
-    Finds what takes a deadline that has passed for a wait that was in vain (`cancel_called`). Everything else
-    is as in `cancel_at_every_step`.
+    Finds what takes a deadline that has passed for a wait that was in vain (`cancel_called`). Everything else is as
+    in `cancel_at_every_step`.
 
     Raises:
         TypeError: the clock is not a `trio.testing.MockClock`, so that time cannot be made to pass.
@@ -239,6 +258,7 @@ class _Blow:
     verb: str
     strike: Callable[[_Run, Task], None]
     possible: Callable[[Task], bool] = lambda task: True
+    early: bool = False  # also before the scenario has begun
 
 
 class _Run(trio.abc.Instrument):
@@ -251,6 +271,7 @@ class _Run(trio.abc.Instrument):
         self.steps = 0
         self.struck: str | None = None  # what had just happened then
         self.stood = ""  # where the tasks stood then
+        self.error: Exception | None = None  # the blow itself failed
         self.tasks: set[Task] = set()
         self.woken: set[Task] = set()
         self.inside = False  # one of our tasks has its turn
@@ -263,7 +284,8 @@ class _Run(trio.abc.Instrument):
         self.inside = True
         trio.lowlevel.add_instrument(self)
         try:
-            self._step(root, "before it had begun")
+            if self.blow.early:
+                self._step(root, "it was about to begin")
             yield
         finally:
             trio.lowlevel.remove_instrument(self)
@@ -298,7 +320,10 @@ class _Run(trio.abc.Instrument):
             self.steps += 1
             if self.steps == self.nth:
                 self.struck, self.stood = what, _where(self.tasks)
-                self.blow.strike(self, task)
+                try:
+                    self.blow.strike(self, task)
+                except Exception as error:
+                    self.error = error  # trio would only log it
 
 
 async def _at_every_step(
@@ -339,6 +364,8 @@ async def _one_run(
             try:
                 with run.counting():
                     await body(run)
+                if run.error is not None:
+                    raise run.error
                 # No await from here on: what is there now was left by the scenario.
                 complaints = []
                 for look in (check, lambda: assert_nothing_left(before), abandoned):

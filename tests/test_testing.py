@@ -22,6 +22,7 @@ from sse_trio import testing
 from sse_trio.testing import (
     SchedulerMoved,
     TeardownError,
+    act_at_every_step,
     assert_nothing_left,
     cancel_at_every_step,
     cancel_part_at_every_step,
@@ -489,6 +490,35 @@ async def test_another_exception_than_the_injected_one_is_a_failure(autojump_clo
     with pytest.raises(TeardownError, match="the scenario raised KeyError") as caught:
         await raise_at_every_step(scenario, lambda: OSError("injected"), check=lambda: None)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+async def test_something_may_happen_at_every_step_and_the_scenario_says_what_must_follow(
+    autojump_clock: MockClock,
+) -> None:
+    hub = Hub()
+
+    def say_goodbye() -> None:
+        for client in hub.clients:
+            client.close()
+
+    async def scenario() -> None:
+        async with hub.subscribe() as receive:
+            with suppress(trio.EndOfChannel), trio.move_on_after(5):
+                await receive.receive()
+
+    report = await act_at_every_step(scenario, say_goodbye, check=hub.check)
+    assert report.steps >= 2
+
+
+async def test_an_action_that_fails_is_a_failure(autojump_clock: MockClock) -> None:
+    async def scenario() -> None:
+        await trio.lowlevel.checkpoint()
+
+    def fail() -> None:
+        raise KeyError("in the action")
+
+    with pytest.raises(TeardownError, match=r"struck at step 1 .*KeyError"):
+        await act_at_every_step(scenario, fail, check=lambda: None)
 
 
 async def test_a_deadline_that_passes_at_any_step_costs_the_right_hub_no_frame(
