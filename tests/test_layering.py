@@ -32,50 +32,11 @@ LAYERS: dict[str, str] = {
     "5, under the roof": "routes",
     "6": "application",
     "6, upstairs": "app",
-    "7": "child sample_agents tail",
+    "7": "child sample_agents scratch tail",
     "7, upstairs": "embedded_nats server",
     "7, another flight up": "doctor",
     "7, under the roof": "cli",
     "7, on top of it": "__main__",
-}
-"""The layers of the package: who may import whom, read from the source with `ast`.
-
-Low layers know nothing of high ones, so each can be read, tested and replaced by who knows only what lies below it.
-A new module finds its place in the table here, or this test fails and says so.
-"""
-
-from __future__ import annotations
-
-import ast
-import subprocess
-import sys
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-
-import pytest
-
-PACKAGE = Path(__file__).parent.parent / "sse_trio"
-
-LAYERS: dict[str, str] = {
-    "0": "addresses deadline discovery nats_protocol settings sse subjects testing",
-    "1": "history jwks limits logs nats_client rounds",
-    "1, upstairs": "client nats_connection tokens",
-    "2": "broadcaster consumer",
-    "3": "access backlog connection jetstream listener publisher",
-    "3, upstairs": "nats_feed",
-    "3, under the roof": "metrics",
-    "4": "reader stream",
-    "5": "services",
-    "5, upstairs": "resources",
-    "5, under the roof": "routes",
-    "6": "application",
-    "6, upstairs": "app",
-    "7": "child sample_agents scratch tail",
-    "7, upstairs": "embedded_nats server",
-    "7, a floor higher": "doctor",
-    "7, under the roof": "cli",
-    "7, on top": "__main__",
 }
 """The layers of the package's docstring, from the bottom to the top, with floors where modules of one layer build on
 each other. A module may import only from below its own floor."""
