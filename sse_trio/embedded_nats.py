@@ -1,26 +1,24 @@
 """A nats-server of our own, for the demo: a child with a port and a directory to itself, and nothing left of it.
 
 Strategy: the server chooses its port and writes it into a file, which is how its start is judged (a wrong flag makes it
-exit with 0). Its directory holds a lock for as long as we live; what is found with a lock that nobody holds was left by
-a run that was killed, and is removed by the next.
+exit with 0). Its directory is `scratch`'s: locked while we or the server live, removed by the next run after a kill -9.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from sse_trio import child
+from sse_trio.scratch import own_directory, remove_leftovers
 
 __all__ = ["EmbeddedNats", "EmbeddedNatsError", "embedded_nats"]
 
@@ -39,12 +37,20 @@ class EmbeddedNatsError(Exception):
 
 @dataclass(frozen=True)
 class EmbeddedNats:
-    """Where the server is."""
+    """A running server: where it is, and what it keeps."""
 
     url: str
-    port: int
-    pid: int
     directory: Path
+    process: subprocess.Popen[bytes]
+
+    async def watch(self) -> None:
+        """Wait for ever, unless the server ends by itself.
+
+        Raises:
+            EmbeddedNatsError: it has.
+        """
+        code = await child.wait(self.process)
+        raise EmbeddedNatsError(f"nats-server ended by itself with {code}: {last_words(self.directory)}")
 
 
 @asynccontextmanager
@@ -57,17 +63,18 @@ async def embedded_nats(*, jetstream: bool = True) -> AsyncIterator[EmbeddedNats
         EmbeddedNatsError: there is no nats-server, or it did not start.
     """
     binary = find_binary()
-    remove_leftovers()
-    with own_directory() as directory:
-        log = directory / "nats-server.log"
-        command = [str(binary), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(directory), "-l", str(log)]
+    remove_leftovers(PREFIX)
+    with own_directory(PREFIX) as scratch:
+        directory = scratch.path
+        command = [str(binary), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(directory)]
+        command += ["-l", str(directory / "log")]
         if jetstream:
             command += ["-js", "-sd", str(directory / "store")]
         with (directory / "stderr").open("wb") as stderr:
-            process = child.spawn(command, stdout=subprocess.DEVNULL, stderr=stderr)
+            process = child.spawn(command, stdout=subprocess.DEVNULL, stderr=stderr, pass_fds=[scratch.lock])
         try:
             port = await port_of(process, directory)
-            yield EmbeddedNats(f"nats://127.0.0.1:{port}", port, process.pid, directory)
+            yield EmbeddedNats(f"nats://127.0.0.1:{port}", directory, process)
         finally:
             await child.end(process, STOP_TIMEOUT)  # noqa: ASYNC102  # it shields itself, with a deadline
 
@@ -91,30 +98,13 @@ async def port_of(process: subprocess.Popen[bytes], directory: Path) -> int:
             with suppress(OSError, ValueError, LookupError):
                 return int(json.loads(ports.read_bytes())["nats"][0].rpartition(":")[2])
             await trio.sleep(child.POLL)
-    said = (directory / "stderr").read_text(errors="replace").strip().splitlines()
-    raise EmbeddedNatsError(f"nats-server did not start: {said[-1] if said else 'it said nothing'}")
+    raise EmbeddedNatsError(f"nats-server did not start: {last_words(directory)}")
 
 
-@contextmanager
-def own_directory() -> Iterator[Path]:
-    """A temporary directory that is locked for as long as the block runs, and then removed."""
-    while True:
-        directory = Path(tempfile.mkdtemp(prefix=PREFIX))
-        lock = (directory / "lock").open("wb")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if directory.exists():
-            break
-        lock.close()  # whoever cleans up took it for dead before it was locked
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        lock.close()
-
-
-def remove_leftovers() -> None:
-    """Remove the directories of runs that were killed: their locks are free."""
-    for lock_file in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
-        with suppress(OSError), lock_file.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock_file.parent, ignore_errors=True)
+def last_words(directory: Path) -> str:
+    """The last line that the server has said, on standard error or else in its log."""
+    for name in ("stderr", "log"):
+        with suppress(OSError):
+            if lines := (directory / name).read_text(errors="replace").strip().splitlines():
+                return "".join(c if c.isprintable() else " " for c in lines[-1])
+    return "it said nothing"
