@@ -6,8 +6,10 @@ Strategy: a command checks what it was given, opens what it needs, and hands ove
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-FAILED, WRONG_USE = 1, 2
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -53,7 +55,7 @@ def app_of(settings: Settings) -> App:
 
 
 def leaves(error: BaseException) -> Iterable[BaseException]:
-    """The exceptions inside groups, and inside the error by which the server says that the application failed."""
+    """The exceptions inside groups."""
     if isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
             yield from leaves(part)
@@ -61,33 +63,40 @@ def leaves(error: BaseException) -> Iterable[BaseException]:
         yield error
 
 
-def run_or_fail(main: Callable[[], Any], *, interruptible: bool = True) -> Any:
-    """`trio.run`, with what goes wrong on one line."""
+@contextmanager
+def told_in_one_line(*, interrupted: int = INTERRUPTED) -> Iterator[None]:
+    """End the command with one line where the body fails of what a person can mend; a bug keeps its traceback.
+
+    After a Ctrl-C that nobody took, the exit code is `interrupted`.
+    """
     from hypercorn.utils import LifespanFailureError
 
+    from sse_trio.discovery import InvalidDiscovery
     from sse_trio.embedded_nats import EmbeddedNatsError
+    from sse_trio.listener import ListenError
+    from sse_trio.nats_protocol import NatsError
     from sse_trio.server import StartError
 
     try:
-        return trio.run(main)
-    except KeyboardInterrupt:
-        sys.exit(0 if interruptible else 130)
-    except (StartError, EmbeddedNatsError) as error:
-        fail(str(error))
-    except BaseExceptionGroup as group:
-        known = [
-            leaf for leaf in leaves(group) if isinstance(leaf, StartError | EmbeddedNatsError | LifespanFailureError)
-        ]
-        if not known or len(known) != len(list(leaves(group))):
-            raise
-        fail(str(known[0]))
-    except LifespanFailureError as error:
-        fail(str(error))
+        yield
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
+        causes = list(leaves(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            sys.exit(interrupted)
+        for cause in causes:
+            if not isinstance(
+                cause,
+                EmbeddedNatsError | InvalidDiscovery | LifespanFailureError | ListenError | NatsError | StartError,
+            ):
+                raise
+        cause = causes[0]
+        fail(str(cause), WRONG_USE if isinstance(cause, InvalidDiscovery) else FAILED)
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Settings come from the environment (NATS_URL, SSE_BUFFER, …): the README lists them.",
+    epilog="Settings come from the environment (NATS_URL, SSE_BUFFER, …): the README lists them. "
+    "Exit codes: 0 it ended as asked, 1 it failed, 2 it was given something that it cannot use.",
 )
 @click.version_option(sse_trio.__version__, prog_name="sse-trio")
 def main() -> None:
@@ -125,26 +134,21 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
     settings = settings_or_fail()
 
     from sse_trio.logs import configure_logging
-    from sse_trio.server import GRACE, StartError, bind_socket, run_app, run_workers, stop_on_signals
+    from sse_trio.server import GRACE, listening, run_app, run_workers, stop_on_signals
 
-    try:
-        bound = bind_socket(bind)
-    except StartError as error:
-        fail(str(error))
-    if workers > 1:
-        configure_logging(settings)
-        tls = [] if certfile is None or keyfile is None else ["--certfile", certfile, "--keyfile", keyfile]
-        grace = settings.drain_delay + GRACE + 5
-        sys.exit(run_or_fail(lambda: run_workers(workers, bound, tls, grace)))
-
-    async def main() -> None:
+    async def serve_alone(app: App, bound: socket.socket) -> None:
         async with stop_on_signals(app, settings.drain_delay) as stop, trio.open_nursery() as nursery:
             url = await nursery.start(partial(run_app, app, bound, stop, certfile=certfile, keyfile=keyfile))
             if not stop.is_set():
                 click.echo(f"sse-trio serves {url}", err=True)
 
-    app = app_of(settings)
-    run_or_fail(main)
+    with told_in_one_line(), listening(bind) as bound:
+        if workers == 1:
+            trio.run(serve_alone, app_of(settings), bound)
+        else:
+            configure_logging(settings)
+            tls = [] if certfile is None or keyfile is None else ["--certfile", certfile, "--keyfile", keyfile]
+            sys.exit(trio.run(run_workers, workers, bound, tls, settings.drain_delay + GRACE + 5))
 
 
 @main.command()
@@ -156,38 +160,51 @@ def demo(bind: str) -> None:
     """
     from sse_trio.discovery import build
     from sse_trio.embedded_nats import embedded_nats
+    from sse_trio.nats_protocol import NatsError
     from sse_trio.sample_agents import sample_agents
-    from sse_trio.server import StartError, bind_socket, run_app, stop_on_signals
+    from sse_trio.server import listening, run_app, stop_on_signals
 
     base = settings_or_fail()
-    try:
-        bound = bind_socket(bind)
-    except StartError as error:
-        fail(str(error))
 
-    async def main() -> None:
-        async with stop_on_signals() as stop, embedded_nats() as nats:
-            hosts = LOOPBACK_HOSTS if "*" in base.allowed_hosts else base.allowed_hosts
-            quiet = "warning" if "LOG_LEVEL" not in os.environ else base.log_level
-            app = app_of(base.model_copy(update={"nats_url": (nats.url,), "allowed_hosts": hosts, "log_level": quiet}))
+    async def show(bound: socket.socket) -> None:
+        async with stop_on_signals() as stop, embedded_nats() as nats, trio.open_nursery() as nursery:
+            app = app_of(base.model_copy(update=demo_settings(base, nats.url)))
 
             async def share(fields: Mapping[str, Any]) -> str:
                 discovery = build(fields)
-                await app.services.publisher.publish(discovery)
+                try:
+                    await app.services.publisher.publish(discovery)
+                except NatsError:
+                    pass  # the page says so; the next one is tried again
                 return discovery.uri
 
-            async with trio.open_nursery() as nursery:
-                url = await nursery.start(partial(run_app, app, bound, stop))
-                click.echo(f"The live page:  {url}/")
-                click.echo(f"The stream:     curl -N '{url}/discoveries/stream?agent_id=me'")
-                click.echo("Ctrl-C ends it.")
-                sys.stdout.flush()
-                async with trio.open_nursery() as agents:
-                    agents.start_soon(sample_agents, share)
-                    await stop.wait()
-                    agents.cancel_scope.cancel()
+            url = await nursery.start(run_app, app, bound, stop)
+            click.echo(
+                f"The live page:  {url}/\n"
+                f"The stream:     curl -N '{url}/discoveries/stream?agent_id=me'\n"
+                "Ctrl-C ends it."
+            )
+            async with trio.open_nursery() as beside:
+                beside.start_soon(nats.watch)
+                beside.start_soon(sample_agents, share)
+                await stop.wait()
+                beside.cancel_scope.cancel()
 
-    run_or_fail(main)
+    with told_in_one_line(), listening(bind) as bound:
+        trio.run(show, bound)
+
+
+def demo_settings(base: Settings, nats_url: str) -> dict[str, Any]:
+    """What the demo changes: its own NATS, a stream that fits into a temporary directory, and for loopback only."""
+    return {
+        "nats_url": (nats_url,),
+        "nats_creds": None,
+        "nats_ca": None,
+        "nats_stream_max_bytes": 64 << 20,
+        "nats_stream_replicas": 1,
+        "allowed_hosts": LOOPBACK_HOSTS if "*" in base.allowed_hosts else base.allowed_hosts,
+        "log_level": base.log_level if "LOG_LEVEL" in os.environ else "warning",
+    }
 
 
 @main.command()
@@ -212,8 +229,6 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
       sse-trio share "disk of db-3 fills up on Mondays" --type pattern --confidence 0.8
       uptime | sse-trio share - --agent ops-1 --role Operations
     """
-    from sse_trio.discovery import InvalidDiscovery
-    from sse_trio.nats_protocol import NatsError
     from sse_trio.publisher import open_publisher
 
     settings = settings_or_fail()
@@ -229,12 +244,8 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
         ) as publisher:
             return (await publisher.share(kind, text, confidence, related_to=related_to)).uri
 
-    try:
-        click.echo(run_or_fail(main))
-    except InvalidDiscovery as error:
-        fail(str(error), WRONG_USE)
-    except NatsError as error:
-        fail(f"not shared: {error.detail}")
+    with told_in_one_line():
+        click.echo(trio.run(main))
 
 
 @main.command()
@@ -259,7 +270,7 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
       sse-trio tail https://sse.example.org --type anomaly --min-confidence 0.8
       sse-trio tail --json | jq -r .data.params.uri
     """
-    from sse_trio.listener import ListenError, follow
+    from sse_trio.listener import follow
     from sse_trio.tail import tail as tail_stream
 
     async def main() -> None:
@@ -268,10 +279,8 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
         ) as follower:
             await tail_stream(follower, sys.stdout, as_json=as_json, colours=sys.stdout.isatty())
 
-    try:
-        run_or_fail(main)
-    except ListenError as error:
-        fail(str(error))
+    with told_in_one_line(interrupted=0):
+        trio.run(main)
 
 
 @main.command()
@@ -281,7 +290,8 @@ def doctor(bind: str) -> None:
     from sse_trio.doctor import examine
 
     settings = settings_or_fail()
-    findings = run_or_fail(partial(examine, settings, bind))
+    with told_in_one_line():
+        findings = trio.run(examine, settings, bind)
     for finding in findings:
         click.echo(f"{finding.verdict:<4}  {finding.subject}: {finding.detail}")
     sys.exit(FAILED if any(finding.verdict == "FAIL" for finding in findings) else 0)

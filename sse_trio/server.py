@@ -16,18 +16,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import structlog
 import trio
-from hypercorn.config import Config
-from hypercorn.trio import serve as hypercorn_serve
+from hypercorn.config import Config, Sockets
+from hypercorn.trio.run import worker_serve
+from hypercorn.utils import wrap_app
 
 from sse_trio import child
 from sse_trio.application import App
 from sse_trio.deadline import STOPPING
 
-__all__ = ["GRACE", "StartError", "bind_socket", "run_app", "run_workers", "stop_on_signals"]
+__all__ = ["GRACE", "StartError", "bind_socket", "listening", "run_app", "run_workers", "stop_on_signals"]
 
 log = structlog.get_logger("sse_trio.server")
 
@@ -61,6 +62,22 @@ def bind_socket(bind: str) -> socket.socket:
     return bound
 
 
+@contextmanager
+def listening(bind: str) -> Iterator[socket.socket]:
+    """`bind_socket` that closes the socket, and removes its file where it has one.
+
+    Raises:
+        StartError: it cannot be had; the text names the address.
+    """
+    with bind_socket(bind) as bound:
+        try:
+            yield bound
+        finally:
+            if bind.startswith("unix:"):
+                with suppress(OSError):
+                    os.unlink(bind.removeprefix("unix:"))
+
+
 async def run_app(
     app: App,
     bound: socket.socket,
@@ -72,39 +89,45 @@ async def run_app(
 ) -> None:
     """Serve `app` on a listening socket until `stop`, then drain. Starts (`task_status`) with the URL it serves.
 
-    A `stop` that comes during start-up ends that at once.
+    A `stop` that comes during start-up ends that at once. The socket is closed in any case.
 
     Raises:
         LifespanFailureError: start-up failed, or a task of the application did.
         StartError: the certificate or its key cannot be used.
     """
-    config = Config()
-    config.bind = [f"fd://{bound.fileno()}"]
-    config.backlog = BACKLOG
-    config.graceful_timeout = GRACE
-    config.certfile, config.keyfile = certfile, keyfile
-    config.errorlog = None
-    try:
-        config.create_ssl_context()
-    except (OSError, ValueError) as error:
-        raise StartError(f"cannot use {certfile} with {keyfile}: {error}") from None
+    with bound:
+        url = url_of(bound, "https" if certfile else "http")
+        config = Config()
+        config.graceful_timeout = GRACE
+        config.certfile, config.keyfile = certfile, keyfile
+        config.errorlog = None
+        try:
+            config.create_ssl_context()
+        except (OSError, ValueError) as error:
+            raise StartError(f"cannot use {certfile} with {keyfile}: {error}") from None
+        sockets = Sockets([bound], [], []) if certfile else Sockets([], [bound], [])
+        async with trio.open_nursery() as nursery:
 
-    async with trio.open_nursery() as nursery:
+            async def serve(*, task_status: trio.TaskStatus[list[str]]) -> None:
+                await worker_serve(
+                    wrap_app(app, config.wsgi_max_body_size, "asgi"),
+                    config,
+                    sockets=sockets,
+                    shutdown_trigger=stop.wait,
+                    task_status=task_status,
+                )
+                nursery.cancel_scope.cancel()
 
-        async def serve(*, task_status: trio.TaskStatus[list[str]]) -> None:
-            await hypercorn_serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
-            nursery.cancel_scope.cancel()
+            async def drain(starting: trio.CancelScope) -> None:
+                # The streams learn of the end from us: before the first request, nothing has shown the app its worker.
+                await stop.wait()
+                starting.cancel()
+                app.drain()
 
-        async def drain(starting: trio.CancelScope) -> None:
-            # The streams learn of the end from us: before the first request, nothing has shown the app its worker.
-            await stop.wait()
-            starting.cancel()
-            app.drain()
-
-        with trio.CancelScope() as starting:
-            nursery.start_soon(drain, starting)
-            await nursery.start(serve)
-        task_status.started(url_of(bound, "https" if certfile else "http"))
+            with trio.CancelScope() as starting:
+                nursery.start_soon(drain, starting)
+                await nursery.start(serve)
+            task_status.started(url)
 
 
 def url_of(bound: socket.socket, scheme: str) -> str:
