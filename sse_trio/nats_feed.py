@@ -26,7 +26,7 @@ from sse_trio.nats_connection import NatsConnection, open_connection
 from sse_trio.nats_protocol import NatsError
 from sse_trio.rounds import Broadcaster, FeedCounters, Rounds
 from sse_trio.settings import Settings
-from sse_trio.subjects import is_subset, matches
+from sse_trio.subjects import is_subset
 
 __all__ = ["FeedCounters", "FeedError", "FeedStatus", "NatsFeed"]
 

@@ -164,11 +164,11 @@ class Operator:
 
     async def share(self, *numbers: int, subject: str = "discoveries.insights", **changes: Any) -> None:
         """Publish discoveries that call themselves so; the stream has them on return."""
-        for number in numbers:
-            self.connection.publish_nowait(subject, payload(number, **changes))
-        await self.connection.flush()
-        if numbers:
-            await self.connection.request("$JS.API.INFO")
+        *first, last = numbers
+        for number in first:
+            await self.connection.publish(subject, payload(number, **changes))
+        # The stream acknowledges in order, so it has those before, too.
+        await self.store(subject, payload(last, **changes))
 
     async def store(self, subject: str, data: bytes, **headers: str) -> int:
         """Publish with acknowledgement; the sequence."""

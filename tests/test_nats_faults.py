@@ -387,9 +387,7 @@ async def test_what_retention_takes_under_a_feed_that_is_too_slow_is_a_gap_at_it
             await others.share(1)
             await recorder.hears(1)
             recorder.blocked = True
-            for number in range(2, 1001):
-                await others.connection.publish("discoveries.x", payload(number, extra="x" * 30_000))
-            await others.share()
+            await others.share(*range(2, 1001), extra="x" * 30_000)
             recorder.blocked = False
             await recorder.hears(1000)
             assert recorder.gaps

@@ -363,10 +363,7 @@ async def test_a_large_backlog_waits_in_the_server_and_not_in_our_memory(
 ) -> None:
     async with operator(nats) as others:
         await others.create_stream()
-        big = "x" * 30_000
-        for number in range(1, 1001):
-            await others.connection.publish("discoveries.x", payload(number, extra=big))
-        await others.share()
+        await others.share(*range(1, 1001), extra="x" * 30_000)
         recorder = Recorder()
         recorder.blocked = True
         most = 0
