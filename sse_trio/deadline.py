@@ -114,8 +114,8 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         self._eof = False
         self._written = 0
         """Bytes that the kernel took, ever."""
-        self._acked = 0
-        """How many of them had arrived when we last looked."""
+        self._acked = -math.inf
+        """How many of them had arrived when we last looked; below zero: what others wrote before us is on its way."""
         self._moved_at = self._look_at = -math.inf
         """When we last saw some arrive, and when to look again."""
         self._watched = False

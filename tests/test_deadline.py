@@ -7,7 +7,9 @@ trio's own idea of what a stream is.
 
 from __future__ import annotations
 
+import os
 import socket
+from contextlib import suppress
 
 import pytest
 import trio
@@ -255,6 +257,18 @@ async def test_a_peer_that_has_vanished_is_found_by_a_later_write(
             write_a_hundred_times()
         assert 10.0 <= trio.current_time() - vanished_at <= max(15.0 + interval, 2 * interval)
         assert stream.stalled
+
+
+async def test_what_was_on_its_way_before_it_came_is_not_held_against_the_peer() -> None:
+    ours, theirs = await connected_pair()
+    async with ours, theirs:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(ours.socket.fileno(), b"x" * 65536)
+        stream = with_deadline(ours)
+        assert (stream.unsent() or 0) > 0
+        assert stream.send_now(b"y") == 0, "no room, and no reason to give up"
+        assert not stream.stalled
 
 
 async def test_a_closed_descriptor_is_never_written_to_under_its_number() -> None:
