@@ -97,6 +97,12 @@ class NatsClient(Client):
         transport: Any = self._transport
         transport.write(data)
 
+    def expect_end_of_tls(self) -> None:
+        """Tell the protocol that it is inside TLS, which nats-py does not; else asyncio logs a warning at its end."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None and writer.get_extra_info("ssl_object") is not None:
+            writer.transport.get_protocol()._over_ssl = True
+
     def buffered(self) -> int:
         """Bytes that the kernel has not taken yet."""
         writer = getattr(self._transport, "_io_writer", None)
@@ -138,8 +144,6 @@ class NatsClient(Client):
             if writer is not None:
                 writer.transport.abort()
                 sockets.append(writer.transport.get_extra_info("socket"))
-        if not sockets:  # a WebSocket, or not connected yet
-            transport.close()
         # Waiting for the transport's own end would take for ever after a TLS handshake that failed.
         while True:
             await asyncio.sleep(0)
@@ -162,6 +166,9 @@ async def connect(
     Raises:
         NatsError: it did not work out, whatever the cause.
     """
+    parts = urlsplit(url)
+    if parts.scheme not in {"nats", "tls"}:
+        raise NatsError("refused", f"{server}: {parts.scheme}:// is not spoken, only nats:// and tls://")
     options: dict[str, Any] = {}
     if creds is not None:
         options |= _credentials(server, creds)
@@ -170,7 +177,6 @@ async def connect(
             options["tls"] = ssl.create_default_context(cafile=str(ca))
         except (OSError, ssl.SSLError) as error:
             raise NatsError("tls", f"the CA file {ca} cannot be used: {error}") from None
-    parts = urlsplit(url)
     if parts.username is not None and parts.password is not None:
         options |= {"user": unquote(parts.username), "password": unquote(parts.password)}
     elif parts.username is not None:
@@ -187,6 +193,7 @@ async def connect(
                 ping_interval=ping_interval,
                 **options,
             )
+        client.expect_end_of_tls()
     except Exception as error:
         raise classify(server, error) from None
 
@@ -223,8 +230,6 @@ def classify(server: str, error: Exception) -> NatsError:
         case nats.errors.Error():
             text = text.removeprefix("nats: ").strip("'")
             reason = error_reason(text.lower())
-        case ImportError():
-            reason = "unreachable"
         case _:
             # What remains is nkeys refusing a seed, and the parser refusing a greeting.
             reason = "auth" if "nkeys" in type(error).__module__ else "protocol"

@@ -375,7 +375,7 @@ async def open_connection(
     parts = urlsplit(url)
     server = f"{parts.hostname}:{parts.port or 4222}"
     connection = NatsConnection(server, max_pending=max_pending)
-    client = NatsClient(connection, require_tls=parts.scheme in {"tls", "wss"})
+    client = NatsClient(connection, require_tls=parts.scheme == "tls")
     failure: Exception | None = None
     try:
         async with trio_asyncio.open_loop():

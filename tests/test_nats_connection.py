@@ -453,6 +453,12 @@ async def test_nobody_listening_is_unreachable_and_said_at_once(core_nats: NatsS
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("scheme", ["ws", "wss", "http"])
+async def test_another_protocol_is_refused_by_name(core_nats: NatsServer, scheme: str) -> None:
+    error = await refusal(core_nats.url.replace("nats:", f"{scheme}:"))
+    assert (error.reason, f"{scheme}://" in error.detail) == ("refused", True)
+
+
 async def test_a_name_that_does_not_resolve_is_unreachable() -> None:
     assert (await refusal("nats://no-such-host.invalid:4222")).reason == "unreachable"
 
@@ -659,8 +665,8 @@ async def test_tls_is_used_where_the_server_only_offers_it(tmp_path: Path, autho
         await use_tls(f"tls://127.0.0.1:{server.port}", ca)
 
 
-async def test_a_killed_server_with_tls_ends_the_connection_too(
-    tmp_path: Path, authority: trustme.CA, ca: Path
+async def test_a_killed_server_with_tls_ends_the_connection_too_and_without_noise(
+    tmp_path: Path, authority: trustme.CA, ca: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with tls_server(tmp_path / "tls", authority) as server:
         async with open_connection(f"tls://127.0.0.1:{server.port}", ca=ca) as connection:
@@ -669,6 +675,7 @@ async def test_a_killed_server_with_tls_ends_the_connection_too(
                 await connection.closed.wait()
         assert connection.failure is not None
         assert connection.failure.reason == "unreachable"
+    assert caplog.records == []
 
 
 async def test_a_certificate_of_an_unknown_authority_is_refused(tmp_path: Path, authority: trustme.CA) -> None:
