@@ -42,7 +42,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(BENCH)
 
 chaos: $(VENV)/dev.stamp tools
-	$(BIN)/python -m tests.chaos $(CHAOS)
+	$(BIN)/python tests/chaos.py $(CHAOS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -220,8 +220,13 @@ async def request(
             head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items()) + "\r\n"
             await stream.send_all(head.encode() + body)
             answer = b""
-            while data := await stream.receive_some():
-                answer += data
+            try:
+                while data := await stream.receive_some():
+                    answer += data
+            except trio.BrokenResourceError as error:
+                raise ConnectionResetError("the server broke the connection") from error
+    if b"\r\n\r\n" not in answer:
+        raise ConnectionResetError("the server closed the connection without an answer")
     top, _, rest = answer.partition(b"\r\n\r\n")
     status_line, *lines = top.decode("latin-1").split("\r\n")
     answered = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
