@@ -106,7 +106,9 @@ def _line(sample: Sample) -> str:
         text += f", failed {sample['failures']}"
     if "share" in sample:
         cpu = sample["cpu_us_per_delivery"]
-        text += f"; {sample['share']:.2%}, {sample['deliveries_per_s']:,.0f}/s, p50 {sample['p50_ms']:.2f} ms"
+        done = sample["done"]
+        text += f"; {sample['share']:.2%} (sent {done['sent']}, lost {done['lost']})"
+        text += f", {sample['deliveries_per_s']:,.0f}/s, p50 {sample['p50_ms']:.2f} ms"
         text += f", p99 {sample['p99_ms']:.2f} ms" + (f", {cpu:.2f} µs each" if cpu is not None else "")
         if sample["wrong"]:
             text += f", {sample['wrong']} doubled, out of order or foreign"

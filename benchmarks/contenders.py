@@ -72,11 +72,11 @@ class Running:
 
 def _sse_trio(workers: int) -> Callable[[Setting], list[str]]:
     def command(setting: Setting) -> list[str]:
-        bind = ["-b", f"127.0.0.1:{setting.port}", "-w", str(workers), "--backlog", "4096"]
+        options = ["--bind", f"127.0.0.1:{setting.port}", "--workers", str(workers)]
         tls = []
         if setting.certificate is not None:
             tls = ["--certfile", str(setting.certificate), "--keyfile", str(setting.certificate)]
-        return [sys.executable, "-m", "hypercorn", "sse_trio.app:app", "--worker-class", "trio", *bind, *tls]
+        return [sys.executable, "-m", "sse_trio", "serve", *options, *tls]
 
     return command
 

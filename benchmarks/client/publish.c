@@ -97,8 +97,10 @@ static void *publish(void *argument) {
     int fd = dial(publisher);
     prctl(PR_SET_TIMERSLACK, 1000ul, 0ul, 0ul, 0ul);
     publisher->began = now_ns();
-    /* Whatever the server takes, it is given no more than its time. */
-    uint64_t deadline = publisher->began + (uint64_t)(publisher->total / publisher->rate * 1e9) + 100000000u;
+    /* nchan is the contender itself: whatever it takes, it is given no more than its time. NATS is not, and a
+     * publisher that the others have kept from the processor may catch up. */
+    uint64_t grace = publisher->kind == NCHAN ? 100000000u : 2000000000u;
+    uint64_t deadline = publisher->began + (uint64_t)(publisher->total / publisher->rate * 1e9) + grace;
     uint32_t number = 0;
     for (;;) {
         uint64_t now = now_ns();
