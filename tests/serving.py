@@ -31,7 +31,9 @@ from quart.utils import encode_headers
 from quart_trio import QuartTrio
 from support import WITHIN, Dechunker, eventually, fail_within
 
-from sse_trio.connection import ASGIConnection, Connection, ConnectionResponse, Worker
+from sse_trio.asgi import ASGIConnection
+from sse_trio.connection import Connection, ConnectionResponse, Worker
+from sse_trio.hypercorn_connection import contain_failures
 
 TIMEOUT = 1.0
 """The write timeout of these servers, in seconds."""
@@ -144,6 +146,7 @@ async def serving(
     async def echo() -> str:
         return str(len(await request.get_data(as_text=False)))
 
+    contain_failures()
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.graceful_timeout = graceful
@@ -165,6 +168,8 @@ async def serving(
         (bind,) = await nursery.start(serve)
         server.port = int(bind.rpartition(":")[2])
         yield server
+        asked = server.stop.is_set() or any(worker.context.terminate.is_set() for worker in server.workers)
+        assert asked or not server.stopped.is_set(), "the server ended by itself"
         server.stop.set()
         with fail_within(WITHIN, "the server stops"):
             await server.stopped.wait()
