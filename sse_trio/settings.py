@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     max_connections: int = _variable("SSE_MAX_CONNECTIONS", 10000, ge=0)
     max_connections_per_ip: int = _variable("SSE_MAX_CONNECTIONS_PER_IP", 0, ge=0)
     max_connections_per_subject: int = _variable("SSE_MAX_CONNECTIONS_PER_SUBJECT", 0, ge=0)
-    connection_rate: float = _variable("SSE_CONNECTION_RATE", 500.0, ge=0, allow_inf_nan=False)
+    connection_rate: float = _variable("SSE_CONNECTION_RATE", 1000.0, ge=0, allow_inf_nan=False)
     allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split), AfterValidator(_star_alone)] = (
         _variable("SSE_ALLOWED_ORIGINS", ("*",))
     )

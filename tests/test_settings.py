@@ -32,7 +32,7 @@ TABLE: list[tuple[str, str, object, str, object]] = [
     ("SSE_MAX_CONNECTIONS", "max_connections", 10000, "0", 0),
     ("SSE_MAX_CONNECTIONS_PER_IP", "max_connections_per_ip", 0, "10", 10),
     ("SSE_MAX_CONNECTIONS_PER_SUBJECT", "max_connections_per_subject", 0, "10", 10),
-    ("SSE_CONNECTION_RATE", "connection_rate", 500.0, "2.5", 2.5),
+    ("SSE_CONNECTION_RATE", "connection_rate", 1000.0, "2.5", 2.5),
     (
         "SSE_ALLOWED_ORIGINS",
         "allowed_origins",
