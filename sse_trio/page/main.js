@@ -40,10 +40,10 @@ const table = new Table($("rows"), { discovery: $("discovery-row"), note: $("not
     suggest("roles", discovery.agent_role);
     suggest("agents", discovery.agent_id);
   },
-  onChange: ({ shown, kept, buffered, newest }) => {
+  onChange: ({ shown, buffered, newest }) => {
     $("shown").textContent = String(shown);
     $("empty").hidden = shown > 0;
-    const isEmpty = kept === 0 && !isFiltered();
+    const isEmpty = !isFiltered();
     $("empty-lead").textContent = isEmpty ? "Waiting for the first discovery" : "No discovery here matches";
     $("empty-hint").hidden = !isEmpty;
     $("buffered").hidden = !buffered;

@@ -1,4 +1,5 @@
-// The form that shares a discovery. The server judges what is valid; this shows what it says, field by field.
+// The form that shares a discovery. The server judges what is valid; this shows what it says, field by field. Only an empty
+// content, which the server would take, is sent back here: in a form it is a slip.
 
 import { TYPES } from "./discovery.js";
 
@@ -60,6 +61,7 @@ export class ShareForm {
     // What is no number goes as it is: the server says what is wrong with it.
     values.confidence = confidence !== "" && Number.isFinite(Number(confidence)) ? Number(confidence) : confidence;
     if (!values.related_to.trim()) delete values.related_to;
+    if (!values.content.trim()) return this.#mark([{ field: "content", message: "Say what was discovered" }]);
     this.#form.querySelector("#share-submit").disabled = true;
     this.#say("");
     this.#mark([]);

@@ -44,9 +44,9 @@ function shortened(text) {
 
 /** One colour for an agent, the same on every page. */
 function hue(name) {
-  let hash = 7;
-  for (const character of name) hash = (hash * 31 + character.codePointAt(0)) % 360;
-  return hash;
+  let hash = 2166136261; // FNV-1a
+  for (const character of name) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
+  return (hash >>> 0) % 360;
 }
 
 function icon(name) {
@@ -82,7 +82,7 @@ export class Table {
   #contents = new Contents((item) => this.#loaded(item));
   #sight = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "200px" });
 
-  /** `handlers`: onPick(kind, value), onRelate(item), onChange({shown, kept, buffered, newest}), onSeen(discovery). */
+  /** `handlers`: onPick(kind, value), onRelate(item), onChange({shown, buffered, newest}), onSeen(discovery). */
   constructor(body, templates, handlers) {
     this.#body = body;
     this.#templates = templates;
@@ -107,7 +107,7 @@ export class Table {
     if (this.#isWaiting || this.#isPaused || !this.#incoming.length) return;
     this.#isWaiting = true;
     requestAnimationFrame((begun) => {
-      this.#putIn();
+      if (!this.#isPaused) this.#putIn();
       // A message's turn comes when the frame has been laid out and painted: that is what the rows have cost.
       const { port1, port2 } = new MessageChannel();
       port1.onmessage = () => {
@@ -132,7 +132,6 @@ export class Table {
   }
 
   #putIn() {
-    if (this.#isPaused) return;
     const items = this.#incoming.splice(0).slice(-MAX_ROWS);
     this.#incomingCount = 0;
     const fragment = document.createDocumentFragment();
@@ -147,9 +146,10 @@ export class Table {
 
   /** Earlier items, oldest first: each goes where its id says. With `isAll` false there were more before them. */
   merge(earlier, isAll) {
+    this.#putIn(); // also what a pause held back: it may be later than what comes now
     const [oldest] = earlier;
     if (oldest && !isAll) this.#remove((item) => item.epoch === oldest.epoch && item.n < oldest.n);
-    const known = new Set([...this.#items, ...this.#incoming].map(({ id }) => id));
+    const known = new Set(this.#items.map(({ id }) => id));
     let place = 0;
     for (const item of earlier) {
       if (known.has(item.id)) continue;
@@ -169,6 +169,7 @@ export class Table {
   refilter(filter) {
     const fits = (item) => item.kind !== "discovery" || passes(filter, item) === true;
     this.#incoming = this.#incoming.filter(fits);
+    this.#incomingCount = this.#incoming.length;
     this.#remove((item) => !fits(item));
     this.#changed();
   }
@@ -212,13 +213,9 @@ export class Table {
 
   #changed(newest) {
     if (!this.#body.contains(document.activeElement)) this.#makeCurrent(this.#body.querySelector("tr.discovery:not([hidden])"));
-    let [shown, kept] = [0, 0];
-    for (const item of this.#items) {
-      kept += 1;
-      if (!item.row.hidden) shown += 1;
-    }
+    const shown = this.#items.filter(({ kind, row }) => kind === "discovery" && !row.hidden).length;
     const buffered = this.#isPaused ? this.#incomingCount : 0;
-    this.#handlers.onChange({ shown, kept, buffered, newest });
+    this.#handlers.onChange({ shown, buffered, newest });
   }
 
   // -- rows ------------------------------------------------------------------------------------------------------------
@@ -425,11 +422,11 @@ export class Table {
   }
 
   #factsOf(item) {
-    const list = document.createElement("dl");
-    list.className = "facts";
-    const known = new Set(["agent_id", "agent_role", "discovery_type", "content", "confidence", "timestamp", "related_to"]);
-    const more = Object.entries(item.discovery ?? {}).filter(([name]) => !known.has(name));
-    const facts = [
+    const [facts, list] = [document.createElement("div"), document.createElement("dl")];
+    facts.className = "facts";
+    const inColumns = new Set(["agent_id", "agent_role", "discovery_type", "content", "confidence", "timestamp", "related_to"]);
+    const more = Object.entries(item.discovery ?? {}).filter(([name]) => !inColumns.has(name));
+    const known = [
       ["Resource", item.uri],
       ["Event id", item.id],
       ["Timestamp", item.discovery?.timestamp],
@@ -437,7 +434,7 @@ export class Table {
       ["Related to", item.discovery?.related_to],
       ...more.map(([name, value]) => [name, typeof value === "string" ? value : JSON.stringify(value)]),
     ];
-    for (const [name, value] of facts) {
+    for (const [name, value] of known) {
       if (value === undefined || value === null) continue;
       const [term, description] = [document.createElement("dt"), document.createElement("dd")];
       term.textContent = name;
@@ -461,7 +458,7 @@ export class Table {
       raw.textContent = "Open as JSON";
       buttons.append(raw);
     }
-    list.append(buttons);
-    return list;
+    facts.append(list, buttons);
+    return facts;
   }
 }

@@ -14,9 +14,9 @@ const NAME = `sse-trio/1${new URL(".", location.href).pathname}`;
 const LEADER = `${NAME}leader`;
 const TAB = `${NAME}tab/`;
 
-const BEAT = 5000; // the leader says so often that it is there, and asks how the server's own feed does
-const SILENCE = 12000; // a tab in view that has not heard the leader for so long asks it
-const PATIENCE = 3000; // and takes over when it does not answer: the system may have frozen it
+const BEAT = 4000; // the leader says so often that it is there, and asks how the server's own feed does
+const SILENCE = 9000; // a tab in view that has not heard the leader for so long asks it
+const PATIENCE = 2000; // and takes over when it does not answer: the system may have frozen it
 const ROLL_CALL = 300; // what a new leader gives the other tabs to answer
 const SLEEP = 120000; // a beat so late means that the machine slept: the connection is dead, though nobody noticed
 
