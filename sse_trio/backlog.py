@@ -119,6 +119,8 @@ class Backlog:
         self._incarnation = 0
         self._bounds: tuple[int, int] | None = None
         self._bounds_until = -1.0
+        self._holes = 0
+        """Pages with a hole that were read; bounds that were asked before one of them may be too old for it."""
         self._asking = trio.Lock()
 
     # -- the feed's side ---------------------------------------------------------------------------------------------
@@ -153,19 +155,23 @@ class Backlog:
     async def bounds(self) -> tuple[int, int] | None:
         """The stream's first and last sequence, at most a second old; None while that cannot be known."""
         async with self._asking:
-            if trio.current_time() < self._bounds_until:
-                return self._bounds
             opened = self._opened
             if opened is None:
                 return None
+            if trio.current_time() < self._bounds_until:
+                return self._bounds
+            holes = self._holes
             try:
                 info = await opened.source.info()
             except NatsError:
+                info = None
+            if opened is not self._opened:
                 return None
-            if info is None or info.epoch != opened.epoch or opened is not self._opened:
-                return None
-            self._bounds = info.first, info.last
-            self._bounds_until = trio.current_time() + BOUNDS_AGE
+            known = info is not None and info.epoch == opened.epoch
+            # That it is not known is remembered for a while, too: those who wait behind must not all wait for it again.
+            self._bounds = (info.first, info.last) if known and info is not None else None
+            if holes == self._holes:
+                self._bounds_until = trio.current_time() + (BOUNDS_AGE if known else RETRY)
             return self._bounds
 
     async def read(self, after: int) -> Page:
@@ -285,6 +291,7 @@ class Backlog:
         if stored and stored[-1][0] > start + len(stored):
             # Retention may have taken what is missing, even while this was read: whoever asks from now on must not get
             # bounds that are older than this page.
+            self._holes += 1
             self._bounds_until = -1.0
         frames = []
         size = 0

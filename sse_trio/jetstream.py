@@ -90,6 +90,10 @@ class StreamInfo:
             tuple(config.get("subjects") or ()),
         )
 
+    def collects(self, pattern: str) -> bool:
+        """Whether some message that `pattern` matches would come into the stream; True where that cannot be told."""
+        return not self.subjects or any(_overlap(subject, pattern) for subject in self.subjects)
+
 
 class JetStream:
     """The stream `name` on one connection, as far as `subject` (a pattern) goes. Lives no longer than the connection.
@@ -333,6 +337,17 @@ class JetStream:
 def _closes(message: Message) -> bool:
     """Whether this is the server's closing status, and no stored message with a status line of its publisher's."""
     return message.status is not None and b"\r\nNats-Sequence:" not in (message.head or b"")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether a subject exists that both patterns match."""
+    ours, theirs = one.split("."), other.split(".")
+    for our, their in zip(ours, theirs, strict=False):
+        if ">" in (our, their):
+            return True
+        if "*" not in (our, their) and our != their:
+            return False
+    return len(ours) == len(theirs)
 
 
 def _version(server_info: Mapping[str, Any]) -> tuple[int, ...]:

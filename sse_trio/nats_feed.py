@@ -196,6 +196,12 @@ class NatsFeed:
             )
             log.info("stream created", stream=stream.name)
         self._all_ours = self._is_all_ours(info)
+        if not info.collects(settings.nats_subject):
+            # A consumer of it would be made, and would be silent for ever.
+            collected = ", ".join(info.subjects)
+            raise NatsError("stream", f"stream {stream.name} collects {collected}, nothing of {settings.nats_subject}")
+        if not self._was_live and info.subjects and not is_subset(settings.nats_subject, info.subjects):
+            log.warning("stream collects less than the subject", stream=stream.name, subjects=list(info.subjects))
         if broadcaster.epoch is None:
             head = max(info.first - 1, info.last - settings.history)
             broadcaster.open_epoch(info.epoch, head, durable=True)

@@ -162,6 +162,10 @@ class Operator:
         defaults = {"name": "DISCOVERIES", "subjects": ["discoveries.>"], "storage": "file", "allow_direct": True}
         return await self.api(f"STREAM.CREATE.{config.get('name', 'DISCOVERIES')}", defaults | config)
 
+    async def update_stream(self, **changes: Any) -> dict[str, Any]:
+        config = (await self.api("STREAM.INFO.DISCOVERIES"))["config"]
+        return await self.api("STREAM.UPDATE.DISCOVERIES", config | changes)
+
     async def share(self, *numbers: int, subject: str = "discoveries.insights", **changes: Any) -> None:
         """Publish discoveries that call themselves so; the stream has them on return."""
         *first, last = numbers

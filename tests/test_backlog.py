@@ -237,7 +237,11 @@ async def test_failures_are_tried_again_and_bounds_are_unknown_meanwhile(
         backlog.forget()
     async with reading(stream) as (backlog, _):
         stream.failures = [NatsError("timeout", "no answer")]
+        asked = stream.infos
         assert await backlog.bounds() is None
+        assert await backlog.bounds() is None
+        assert stream.infos == asked + 1
+        await trio.sleep(backlog_module.RETRY)
         assert await backlog.bounds() == (1, 10)
 
 
@@ -322,7 +326,9 @@ async def test_bounds_are_asked_once_a_second_by_however_many(autojump_clock: tr
         assert await backlog.bounds() is None
 
 
-async def test_after_a_page_with_a_hole_bounds_are_fresh(autojump_clock: trio.testing.MockClock) -> None:
+async def test_after_a_page_with_a_hole_bounds_are_fresh(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = FakeStream(range(1, 1001))
     async with reading(stream) as (backlog, _):
         assert await backlog.bounds() == (1, 1000)
@@ -331,6 +337,23 @@ async def test_after_a_page_with_a_hole_bounds_are_fresh(autojump_clock: trio.te
         page = await backlog.read(0)
         assert page.frames[0].sequence == 301
         assert await backlog.bounds() == (301, 1000)
+        # The same when the bounds are just being asked for while a page with a hole comes.
+        await trio.sleep(2)
+        asked = FakeStream.info
+
+        async def slow_info(self: FakeStream) -> Bounds | None:
+            answer = await asked(self)
+            await trio.sleep(1)
+            return answer
+
+        monkeypatch.setattr(FakeStream, "info", slow_info)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(backlog.bounds)
+            await trio.sleep(0.5)
+            stream.messages = {number: data for number, data in stream.messages.items() if number > 700}
+            stream.first = 701
+            assert (await backlog.read(500)).frames[0].sequence == 701
+            assert await backlog.bounds() == (701, 1000)
 
 
 async def test_pages_are_kept_within_bounds_and_the_least_wanted_go_first(

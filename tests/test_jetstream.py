@@ -297,6 +297,27 @@ async def test_what_keeps_others_from_publishing_is_said(
     assert (trouble is None and said is None) or (trouble is not None and said is not None and trouble in said)
 
 
+@pytest.mark.parametrize(
+    ("subjects", "pattern", "some"),
+    [
+        (["a.>"], "a.>", True),
+        (["a.>"], "a", False),
+        (["a.*"], "a.b.c", False),
+        (["a.*.c"], "a.b.*", True),
+        (["a.*.c"], "*.b.>", True),
+        (["a.b"], "a.c", False),
+        (["x", "a.b"], "a.*", True),
+        (["x", "y"], "*.*", False),
+        ([], "a.>", True),
+    ],
+)
+async def test_whether_a_stream_collects_anything_of_a_subject(subjects: list[str], pattern: str, some: bool) -> None:
+    stream, _ = stream_of(STREAM_INFO=info(subjects=subjects))
+    found = await stream.info()
+    assert found is not None
+    assert found.collects(pattern) == some
+
+
 async def test_a_direct_get_that_is_refused_is_an_error_and_an_odd_one_too() -> None:
     moment = datetime(2026, 1, 1, tzinfo=UTC)
     stream, _ = stream_of(DIRECT_GET=[control("408 Bad Request")])

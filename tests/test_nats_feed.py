@@ -284,6 +284,22 @@ async def test_an_existing_stream_is_used_as_it_is_and_other_subjects_move_the_h
         assert (await others.api("STREAM.INFO.DISCOVERIES"))["config"] == before
 
 
+async def test_a_stream_that_collects_something_else_is_said_to_be_the_wrong_one(nats: NatsServer) -> None:
+    async with operator(nats) as others:
+        await others.create_stream(subjects=["orders.>"])
+        async with running(nats) as (feed, recorder):
+            await down(feed, "stream")
+            assert "orders.>, nothing of discoveries.>" in feed.status.detail
+            with structlog.testing.capture_logs() as lines:
+                await others.update_stream(subjects=["orders.>", "discoveries.insights"])
+                await live(feed)
+                await others.share(1)
+                await recorder.hears(1)
+        assert [line["subjects"] for line in lines if line["event"] == "stream collects less than the subject"] == [
+            ["orders.>", "discoveries.insights"]
+        ]
+
+
 async def test_what_the_stream_held_before_is_history_and_no_more_of_it_than_history_takes(nats: NatsServer) -> None:
     async with operator(nats) as others:
         await others.create_stream()
