@@ -7,6 +7,7 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
+import quart.wrappers.base
 import trio
 from quart import Blueprint, Response, request
 from werkzeug.exceptions import NotFound, RequestTimeout
@@ -23,6 +24,10 @@ from sse_trio.services import InvalidParameters, Services, filter_of, grant_of_s
 __all__ = ["add_resources"]
 
 MAX_LIMIT = 500
+SENDER_LEFT: tuple[type[Exception], ...] = tuple(
+    error for error in (getattr(quart.wrappers.base, "ClientDisconnectedError", None),) if error is not None
+)
+"""What reading a body raises when its sender has left; Quart before 0.23 has no such error."""
 MOMENT = re.compile(r"(-?[0-9]{1,12})-")
 
 
@@ -118,10 +123,13 @@ async def body_of_request(limit: int) -> bytes | None:
     """
     body = bytearray()
     with trio.move_on_after(request.body_timeout or math.inf) as scope:
-        async for part in request.body:
-            body += part
-            if len(body) > limit:
-                return None
+        try:
+            async for part in request.body:
+                body += part
+                if len(body) > limit:
+                    return None
+        except SENDER_LEFT:
+            await trio.sleep_forever()  # until this request is cancelled, which is under way
     if scope.cancelled_caught:
         raise RequestTimeout
     return bytes(body)
