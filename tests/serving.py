@@ -281,6 +281,7 @@ class H2Client:
         self.connection.local_settings = h2.settings.Settings(
             client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
         )
+        self.sending = trio.Lock()
         self.answers: dict[int, Answer] = {}
         self.stalled: set[int] = set()
         self.goodbye = False
@@ -289,8 +290,9 @@ class H2Client:
         """The server's limit of concurrent streams, once it has said so."""
 
     async def flush(self) -> None:
-        if data := self.connection.data_to_send():
-            await self.stream.send_all(data)
+        async with self.sending:
+            if data := self.connection.data_to_send():
+                await self.stream.send_all(data)
 
     async def request(self, path: str, *, method: str = "GET", stalled: bool = False, body: bool = False) -> int:
         """Send a request, and go on; the number of its stream."""
