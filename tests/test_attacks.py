@@ -826,3 +826,15 @@ def memory(pid: int) -> int:
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1])
+
+
+def test_every_attack_in_the_documentation_has_its_test() -> None:
+    tests = Path(__file__).parent
+    table = (tests.parent / "docs" / "security.md").read_text().partition("<!-- attacks")[2]
+    rows = re.findall(r"\| `(test_\w+)`(?: in `tests/(\w+\.py)`)? \|$", table, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| (?!attack \||---)", table, re.MULTILINE))
+    for name, file in rows:
+        assert f"def {name}(" in (tests / (file or Path(__file__).name)).read_text(), name
+    named = {name for name, file in rows if not file}
+    ours = set(re.findall(r"^async def (test_\w+)", Path(__file__).read_text(), re.MULTILINE))
+    assert ours == named
