@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_python_in_the_pages_is_python_and_imports_what_exists(page: Path) -> None:
     for block in blocks(page, "python"):
         tree = compile(block, str(page), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports: list[ast.stmt] = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), str(page), "exec"), {})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,13 +280,15 @@ async def test_a_lifetime_ends_a_busy_stream_too(connection: MemoryConnection, a
 async def test_at_capacity_a_native_eventsource_is_told_when_to_come_back(
     connection: MemoryConnection, wants_events: bool, autojump_clock: MockClock
 ) -> None:
-    @contextmanager
-    def full() -> Any:
-        raise AtCapacity("process", "full", 30)
-        yield
+    class Full(AbstractContextManager[None]):
+        def __enter__(self) -> None:
+            raise AtCapacity("process", "full", 30)
+
+        def __exit__(self, *_: object) -> None:
+            raise AssertionError("what was not entered is not left")
 
     broadcaster = live_broadcaster()
-    async with streaming(broadcaster, connection, admit=full, wants_events=wants_events):
+    async with streaming(broadcaster, connection, admit=Full, wants_events=wants_events):
         assert connection.ended
         if wants_events:
             assert connection.status == 200
@@ -404,7 +406,7 @@ class ScriptedBacklog:
     async def read(self, after: int) -> ScriptedPage:
         await trio.sleep(self.slow)
         self.reads += 1
-        sequences = [n for n in range(max(after + 1, self.first), self.last + 1)][: self.page]
+        sequences = range(max(after + 1, self.first), self.last + 1)[: self.page]
         frames = [Frame.of("e", *event(n)) for n in sequences]
         return ScriptedPage(frames, sequences[-1] if sequences else max(after, self.last))
 
