@@ -211,7 +211,7 @@ async def test_a_child_has_a_session_of_its_own_and_no_signal_of_the_terminal() 
     try:
         await eventually(lambda: os.getsid(process.pid) == process.pid, "it has its session")
     finally:
-        await child.end(process, WITHIN)
+        await child.end(process, WITHIN)  # noqa: ASYNC102  # it shields itself, with a deadline
     assert process.returncode == -signal.SIGTERM
 
 
