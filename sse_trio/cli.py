@@ -8,25 +8,21 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 import trio
 
 import sse_trio
-from sse_trio.discovery import DISCOVERY_TYPES
+from sse_trio.discovery import DISCOVERY_TYPES, MAX_PAYLOAD
 from sse_trio.settings import Settings, SettingsError
-
-if TYPE_CHECKING:
-    from sse_trio.application import App
 
 __all__ = ["main"]
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
@@ -35,30 +31,23 @@ def fail(message: str, code: int = FAILED) -> NoReturn:
     sys.exit(code)
 
 
-def settings_or_fail(**changes: Any) -> Settings:
-    """The environment's settings, with some replaced; a wrong variable ends the command and is named."""
+def settings_or_fail(environment: Mapping[str, str] | None = None) -> Settings:
+    """The environment's settings; each wrong variable is named, on a line of its own, and ends the command."""
     try:
-        settings = Settings.from_environment()
-    except SettingsError as error:
-        fail(f"wrong settings\n{error}", WRONG_USE)
-    return settings.model_copy(update=changes) if changes else settings
-
-
-def app_of(settings: Settings) -> App:
-    """The application, in a process that it owns."""
-    from sse_trio.application import create_app
-
-    try:
-        return create_app(settings, owns_process=True)
+        return Settings.from_environment(environment)
     except SettingsError as error:
         fail(f"wrong settings\n{error}", WRONG_USE)
 
 
-def leaves(error: BaseException) -> Iterable[BaseException]:
-    """The exceptions inside groups."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """What has happened: the exceptions inside groups, and the one for which the server says that its app failed."""
+    from hypercorn.utils import LifespanFailureError
+
     if isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
-            yield from leaves(part)
+            yield from causes(part)
+    elif isinstance(error, LifespanFailureError) and error.__cause__ is not None:
+        yield from causes(error.__cause__)
     else:
         yield error
 
@@ -69,28 +58,25 @@ def told_in_one_line(*, interrupted: int = INTERRUPTED) -> Iterator[None]:
 
     After a Ctrl-C that nobody took, the exit code is `interrupted`.
     """
-    from hypercorn.utils import LifespanFailureError
-
-    from sse_trio.discovery import InvalidDiscovery
-    from sse_trio.embedded_nats import EmbeddedNatsError
-    from sse_trio.listener import ListenError
-    from sse_trio.nats_protocol import NatsError
-    from sse_trio.server import StartError
-
     try:
         yield
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
-        causes = list(leaves(error))
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        found = list(causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in found):
             sys.exit(interrupted)
-        for cause in causes:
-            if not isinstance(
-                cause,
-                EmbeddedNatsError | InvalidDiscovery | LifespanFailureError | ListenError | NatsError | StartError,
-            ):
-                raise
-        cause = causes[0]
-        fail(str(cause), WRONG_USE if isinstance(cause, InvalidDiscovery) else FAILED)
+
+        from sse_trio.discovery import InvalidDiscovery
+        from sse_trio.embedded_nats import EmbeddedNatsError
+        from sse_trio.listener import ListenError
+        from sse_trio.nats_feed import FeedError
+        from sse_trio.nats_protocol import NatsError
+        from sse_trio.server import StartError
+
+        misuse = (InvalidDiscovery, SettingsError)
+        failure = (EmbeddedNatsError, FeedError, ListenError, NatsError, StartError)
+        if not all(isinstance(cause, misuse + failure) for cause in found):
+            raise
+        fail(str(found[0]), WRONG_USE if isinstance(found[0], misuse) else FAILED)
 
 
 @click.group(
@@ -133,10 +119,12 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
         fail("--certfile and --keyfile belong together", WRONG_USE)
     settings = settings_or_fail()
 
+    from sse_trio.application import create_app
     from sse_trio.logs import configure_logging
     from sse_trio.server import GRACE, listening, run_app, run_workers, stop_on_signals
 
-    async def serve_alone(app: App, bound: socket.socket) -> None:
+    async def serve_alone(bound: socket.socket) -> None:
+        app = create_app(settings, owns_process=True)
         async with stop_on_signals(app, settings.drain_delay) as stop, trio.open_nursery() as nursery:
             url = await nursery.start(partial(run_app, app, bound, stop, certfile=certfile, keyfile=keyfile))
             if not stop.is_set():
@@ -144,7 +132,7 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
 
     with told_in_one_line(), listening(bind) as bound:
         if workers == 1:
-            trio.run(serve_alone, app_of(settings), bound)
+            trio.run(serve_alone, bound)
         else:
             configure_logging(settings)
             tls = [] if certfile is None or keyfile is None else ["--certfile", certfile, "--keyfile", keyfile]
@@ -158,17 +146,18 @@ def demo(bind: str) -> None:
 
     Prints the address of a live page. Ctrl-C ends all of it, and no file is left.
     """
+    from sse_trio.application import create_app
     from sse_trio.discovery import build
     from sse_trio.embedded_nats import embedded_nats
     from sse_trio.nats_protocol import NatsError
     from sse_trio.sample_agents import sample_agents
     from sse_trio.server import listening, run_app, stop_on_signals
 
-    base = settings_or_fail()
+    settings = settings_or_fail(demo_environment(os.environ))
 
     async def show(bound: socket.socket) -> None:
         async with stop_on_signals() as stop, embedded_nats() as nats, trio.open_nursery() as nursery:
-            app = app_of(base.model_copy(update=demo_settings(base, nats.url)))
+            app = create_app(settings.model_copy(update={"nats_url": (nats.url,)}), owns_process=True)
 
             async def share(fields: Mapping[str, Any]) -> str:
                 discovery = build(fields)
@@ -179,11 +168,12 @@ def demo(bind: str) -> None:
                 return discovery.uri
 
             url = await nursery.start(run_app, app, bound, stop)
-            click.echo(
-                f"The live page:  {url}/\n"
-                f"The stream:     curl -N '{url}/discoveries/stream?agent_id=me'\n"
-                "Ctrl-C ends it."
-            )
+            if not stop.is_set():
+                click.echo(
+                    f"The live page:  {url}/\n"
+                    f"The stream:     curl -N '{url}/discoveries/stream?agent_id=me'\n"
+                    "Ctrl-C ends it."
+                )
             async with trio.open_nursery() as beside:
                 beside.start_soon(nats.watch)
                 beside.start_soon(sample_agents, share)
@@ -194,17 +184,11 @@ def demo(bind: str) -> None:
         trio.run(show, bound)
 
 
-def demo_settings(base: Settings, nats_url: str) -> dict[str, Any]:
-    """What the demo changes: its own NATS, a stream that fits into a temporary directory, and for loopback only."""
-    return {
-        "nats_url": (nats_url,),
-        "nats_creds": None,
-        "nats_ca": None,
-        "nats_stream_max_bytes": 64 << 20,
-        "nats_stream_replicas": 1,
-        "allowed_hosts": LOOPBACK_HOSTS if "*" in base.allowed_hosts else base.allowed_hosts,
-        "log_level": base.log_level if "LOG_LEVEL" in os.environ else "warning",
-    }
+def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The demo's: for loopback only and quiet, unless that is said otherwise; its NATS is always its own."""
+    given = {name: value for name, value in environment.items() if value.strip() and not name.startswith("NATS_")}
+    quiet = {"SSE_ALLOWED_HOSTS": "localhost,127.0.0.1,[::1]", "LOG_LEVEL": "warning"}
+    return quiet | given | {"NATS_STREAM_MAX_BYTES": str(64 << 20)}  # fits into any temporary directory
 
 
 @main.command()
@@ -232,7 +216,11 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
     from sse_trio.publisher import open_publisher
 
     settings = settings_or_fail()
-    text = sys.stdin.read().rstrip("\n") if content == "-" else content
+    if content == "-":
+        try:
+            content = sys.stdin.buffer.read(MAX_PAYLOAD + 1).decode().rstrip("\n")
+        except UnicodeDecodeError:
+            fail("what comes in on standard input is not UTF-8", WRONG_USE)
 
     async def main() -> str:
         async with open_publisher(
@@ -242,7 +230,7 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
             creds=settings.nats_creds,
             ca=settings.nats_ca,
         ) as publisher:
-            return (await publisher.share(kind, text, confidence, related_to=related_to)).uri
+            return (await publisher.share(kind, content, confidence, related_to=related_to)).uri
 
     with told_in_one_line():
         click.echo(trio.run(main))
@@ -268,7 +256,7 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
     Examples:
       sse-trio tail
       sse-trio tail https://sse.example.org --type anomaly --min-confidence 0.8
-      sse-trio tail --json | jq -r .data.params.uri
+      sse-trio tail --json | jq -r 'select(.event == "discovery") | .data.params.uri'
     """
     from sse_trio.listener import follow
     from sse_trio.tail import tail as tail_stream
@@ -277,7 +265,7 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
         async with follow(
             url, agent_id=agent_id, full=True, last_event_id=last_event_id, token=token, **filters
         ) as follower:
-            await tail_stream(follower, sys.stdout, as_json=as_json, colours=sys.stdout.isatty())
+            await tail_stream(follower, sys.stdout, as_json=as_json)
 
     with told_in_one_line(interrupted=0):
         trio.run(main)

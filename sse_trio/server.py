@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
@@ -27,6 +26,7 @@ from hypercorn.utils import wrap_app
 from sse_trio import child
 from sse_trio.application import App
 from sse_trio.deadline import STOPPING
+from sse_trio.scratch import own_directory, remove_leftovers
 
 __all__ = ["GRACE", "StartError", "bind_socket", "listening", "run_app", "run_workers", "stop_on_signals"]
 
@@ -37,6 +37,13 @@ BACKLOG = 4096
 
 GRACE = STOPPING + 1
 """Seconds that Hypercorn gives its connections when it stops: no write takes longer than `STOPPING` then."""
+
+
+METRICS = "sse-trio-metrics-"
+"""What the names of the directories begin with in which workers count."""
+
+ECHO = 0.5
+"""Seconds within which a second signal is the first once more: a supervisor's, passed on, and the whole group's."""
 
 
 class StartError(Exception):
@@ -160,8 +167,11 @@ async def stop_on_signals(app: App | None = None, delay: float = 0.0) -> AsyncIt
                 if app is not None and delay > 0:
                     app.services.draining = True
                     log.info("draining soon", seconds=delay)
+                    first = trio.current_time()
                     with trio.move_on_after(delay):
-                        await anext(signals)
+                        async for _ in signals:
+                            if trio.current_time() - first > ECHO:
+                                break
                 stop.set()
                 async for _ in signals:
                     pass  # asked again: it is under way
@@ -172,13 +182,17 @@ async def stop_on_signals(app: App | None = None, delay: float = 0.0) -> AsyncIt
 
 
 @contextmanager
-def shared_metrics() -> Iterator[dict[str, str]]:
-    """The environment in which several workers count together: a directory of their own, unless one is given."""
+def shared_metrics() -> Iterator[tuple[dict[str, str], list[int]]]:
+    """The environment in which several workers count together, and the descriptors that they must inherit.
+
+    They count in a directory of their own, unless one is given.
+    """
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        yield dict(os.environ)
+        yield dict(os.environ), []
         return
-    with tempfile.TemporaryDirectory(prefix="sse-trio-metrics-") as directory:
-        yield dict(os.environ) | {"PROMETHEUS_MULTIPROC_DIR": directory}
+    remove_leftovers(METRICS)
+    with own_directory(METRICS) as directory:
+        yield os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(directory.path)}, [directory.lock]
 
 
 async def run_workers(count: int, bound: socket.socket, options: list[str], grace: float) -> int:
@@ -189,8 +203,8 @@ async def run_workers(count: int, bound: socket.socket, options: list[str], grac
     """
     command = [sys.executable, "-m", "sse_trio", "serve", "--bind", f"fd://{bound.fileno()}", *options]
     stopping = False
-    with shared_metrics() as environment, trio.open_signal_receiver(*stop_signals()) as signals:
-        workers = [child.spawn(command, env=environment, pass_fds=[bound.fileno()]) for _ in range(count)]
+    with trio.open_signal_receiver(*stop_signals()) as signals, shared_metrics() as (environment, locks):
+        workers = [child.spawn(command, env=environment, pass_fds=[bound.fileno(), *locks]) for _ in range(count)]
         try:
             async with trio.open_nursery() as nursery:
 
