@@ -22,8 +22,10 @@ from hypercorn.utils import LifespanFailureError
 from quart_trio import QuartTrio
 
 from sse_trio.access import Access, effective_max_connections
+from sse_trio.asgi import ASGIConnection, RefusedWebSocket
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.connection import ASGIConnection, Worker
+from sse_trio.connection import Worker
+from sse_trio.hypercorn_connection import contain_failures
 from sse_trio.logs import configure_logging
 from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed
@@ -85,6 +87,7 @@ class App(QuartTrio):
     """The Quart application with what it serves. One run at a time; it can be run again."""
 
     asgi_http_class = ASGIConnection  # type: ignore[mutable-override]  # a subclass of Quart-Trio's
+    asgi_websocket_class = RefusedWebSocket  # type: ignore[assignment]  # the same shape, another class
     asgi_lifespan_class = Lifespan  # type: ignore[assignment]  # the same shape, another class
 
     def __init__(self, settings: Settings, *, owns_process: bool = False) -> None:
@@ -120,6 +123,7 @@ class App(QuartTrio):
     async def begin(self, nursery: trio.Nursery) -> None:
         """Start what runs in the nursery; returns when the feed has been live or has failed once."""
         self.nursery = nursery
+        contain_failures()
         self.broadcaster.stopping = None
         self._worker = None
         if self.owns_process:

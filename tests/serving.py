@@ -31,7 +31,7 @@ from quart.utils import encode_headers
 from quart_trio import QuartTrio
 from support import WITHIN, Dechunker, eventually, fail_within
 
-from sse_trio.asgi import ASGIConnection
+from sse_trio.asgi import ASGIConnection, RefusedWebSocket
 from sse_trio.connection import Connection, ConnectionResponse, Worker
 from sse_trio.hypercorn_connection import contain_failures
 
@@ -53,7 +53,6 @@ class Scripted(ConnectionResponse):
 
     def __init__(self, script: Script) -> None:
         super().__init__("", content_type="text/event-stream")
-        self.headers.pop("Content-Length", None)
         self.script = script
 
     async def respond(self, connection: Connection) -> None:
@@ -117,15 +116,17 @@ async def serving(
     *,
     tls: str | Literal[False] = False,
     timeout: float = TIMEOUT,
-    http_class: type[ASGIConnection] = ASGIConnection,
     graceful: float = 30.0,
+    max_content_length: int = 1 << 20,
     **settings: Any,
 ) -> AsyncIterator[Server]:
     """A Hypercorn with a stream at /stream, ordinary answers elsewhere; stopped at the end, and no error was
     logged."""
     app = QuartTrio(__name__)
-    app.asgi_http_class = http_class
+    app.asgi_http_class = ASGIConnection
+    app.asgi_websocket_class = RefusedWebSocket  # type: ignore[assignment]
     app.config["SSE_WRITE_TIMEOUT"] = timeout
+    app.config["MAX_CONTENT_LENGTH"] = max_content_length
     server = Server(0, bool(tls))
     app.server_found = server.workers.append  # type: ignore[attr-defined]
 
@@ -173,7 +174,7 @@ async def serving(
         server.stop.set()
         with fail_within(WITHIN, "the server stops"):
             await server.stopped.wait()
-    assert server.errors.texts == []
+    assert server.errors.texts == [], server.errors.texts
 
 
 def get(path: str, *, version: str = "1.1", method: str = "GET", close: bool = False) -> bytes:

@@ -29,7 +29,9 @@ from serving import (
 )
 from support import WITHIN, eventually, fail_within
 
-from sse_trio.connection import ASGIConnection, Connection, chunk
+from sse_trio.asgi import ASGIConnection, _bounded
+from sse_trio.connection import Connection
+from sse_trio.hypercorn_connection import chunk
 
 
 @pytest.fixture(name="certificate")
@@ -480,6 +482,85 @@ async def test_an_idle_connection_does_not_hold_up_a_shutdown() -> None:
         with fail_within(WITHIN, "the server stops"):
             await server.stopped.wait()
         assert trio.current_time() - began <= SLACK
+
+
+# -- requests that are none ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [b"?x", b"http://[::1"])
+async def test_a_target_that_is_no_path_is_refused(target: bytes) -> None:
+    async with serving() as server, await server.connect() as peer:
+        await peer.send_all(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = await read_to_end(peer)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert answer.endswith(b'"detail":"the request target is not a path"}')
+
+
+async def test_a_target_in_absolute_form_is_a_path() -> None:
+    async with serving() as server, await server.connect() as peer:
+        await peer.send_all(get("http://localhost/plain", close=True))
+        assert (await read_to_end(peer)).endswith(b"\r\n\r\nplain")
+
+
+HANDSHAKE = (
+    b"GET /plain HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+)
+
+
+async def test_a_websocket_is_refused() -> None:
+    async with serving() as server, await server.connect() as peer:
+        await peer.send_all(HANDSHAKE)
+        assert (await read_to_end(peer)).startswith(b"HTTP/1.1 400")
+
+
+async def test_bytes_that_make_hypercorn_fail_end_their_connection_and_nothing_else() -> None:
+    gate = Gate()
+    with structlog.testing.capture_logs() as logs:
+        async with serving(gate.stand) as server, await server.connect() as healthy, await server.connect() as peer:
+            await healthy.send_all(get("/stream"))
+            await read_until(healthy, FRAME)
+            await peer.send_all(HANDSHAKE + b"no frame at all")
+            assert (await read_to_end(peer)).startswith(b"HTTP/1.1 400")
+            assert gate.connection is not None
+            await gate.connection.write(b"still here")
+            await read_until(healthy, b"still here")
+    assert [entry["event"] for entry in logs] == ["a connection failed in Hypercorn"]
+
+
+async def test_a_body_without_a_length_that_is_too_large_is_refused() -> None:
+    async with serving(max_content_length=1000) as server:
+        head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        for size, answer in ((100, b"200 \r\n"), (101, b"413 \r\n")):
+            async with await server.connect() as peer:
+                await peer.send_all(head + chunk(b"x" * size) * 10 + b"0\r\n\r\n")
+                assert answer in await read_to_end(peer)
+
+
+async def test_of_a_body_that_is_too_large_one_byte_more_than_is_allowed_is_held() -> None:
+    parts = [600, 600, 600, 0]
+
+    async def receive() -> dict[str, object]:
+        await trio.lowlevel.checkpoint()
+        return {"type": "http.request", "body": b"x" * parts.pop(0), "more_body": bool(parts)}
+
+    bounded = _bounded(receive, 1000)  # type: ignore[arg-type]
+    held = [await bounded() for _ in range(4)]
+    assert [len(message["body"]) for message in held] == [600, 401, 0, 0]  # type: ignore[typeddict-item]
+    assert [message["more_body"] for message in held] == [True, True, True, False]  # type: ignore[typeddict-item]
+
+
+async def test_what_a_peer_sends_to_a_stream_as_its_body_is_not_kept() -> None:
+    gate = Gate()
+    async with serving(gate.stand) as server, await server.connect() as peer:
+        head = b"GET /stream HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await peer.send_all(head)
+        await read_until(peer, FRAME)
+        with fail_within(WITHIN, "the server reads on"):
+            for _ in range(100):
+                await peer.send_all(chunk(b"x" * 65536))
+        await peer.aclose()
+        await gate.wait()
 
 
 # -- the server ----------------------------------------------------------------------------------------------

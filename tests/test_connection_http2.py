@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h2.errors
 import pytest
+import structlog.testing
 import trio
 from serving import (
     FRAME,
@@ -204,6 +205,38 @@ async def test_more_streams_than_hypercorn_allows_by_default_fit_on_one_connecti
         await client.until(lambda: (client.limit or 0) > 250, "the server raises its limit")
         numbers += [await client.request("/stream") for _ in range(249)]
         await client.until(lambda: all(client.answers[number].body == FRAME for number in numbers), "all stand")
+
+
+async def test_a_body_that_comes_after_its_answer_is_ignored(certificate: str) -> None:
+    gate = Gate()
+    async with serving(gate.stand, tls=certificate) as server, h2_client(server) as client:
+        stream = await client.request("/stream")
+        await client.until(lambda: client.answers[stream].body == FRAME, "the stream stands")
+        early = await client.request("/plain", method="POST", body=True)
+        await client.until(lambda: client.answers[early].ended, "the answer that does not wait for the body")
+        assert client.answers[early].status == 405
+        client.connection.send_data(early, b"x" * 10_000)
+        client.connection.send_data(early, b"x", end_stream=True)
+        await client.flush()
+        assert (await client.get("/plain")).body == b"plain"
+        assert gate.connection is not None
+        await gate.connection.write(FRAME)
+        await client.until(lambda: client.answers[stream].body == FRAME * 2, "the stream goes on")
+
+
+async def test_a_request_that_makes_hypercorn_fail_ends_its_connection_and_nothing_else(certificate: str) -> None:
+    gate = Gate()
+    with structlog.testing.capture_logs() as logs:
+        async with serving(gate.stand, tls=certificate) as server, h2_client(server) as healthy:
+            stream = await healthy.request("/stream")
+            await healthy.until(lambda: healthy.answers[stream].body == FRAME, "the stream stands")
+            async with h2_client(server) as client:
+                await client.request("/\u00ff")
+                await eventually(lambda: client.closed, "the server closes the connection")
+            assert gate.connection is not None
+            await gate.connection.write(FRAME)
+            await healthy.until(lambda: healthy.answers[stream].body == FRAME * 2, "the stream goes on")
+    assert [entry["event"] for entry in logs] == ["a connection failed in Hypercorn"]
 
 
 async def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(certificate: str) -> None:

@@ -23,8 +23,8 @@ LAYERS: dict[str, str] = {
     "1, upstairs": "client nats_connection tokens",
     "2": "broadcaster",
     "3": "access backlog connection consumer listener publisher",
-    "3, upstairs": "jetstream",
-    "3, another flight up": "nats_feed",
+    "3, upstairs": "hypercorn_connection jetstream",
+    "3, another flight up": "asgi nats_feed",
     "3, under the roof": "metrics",
     "4": "reader stream",
     "5": "openapi services",
@@ -47,11 +47,11 @@ CONFINED = {
     "asyncio": {"nats_client"},
     "nats": {"nats_client"},
     "trio_asyncio": {"nats_client", "nats_connection"},
-    "h11": {"connection"},
-    "h2": {"connection"},
-    "hypercorn": {"application", "cli", "connection", "server"},
+    "h11": {"hypercorn_connection"},
+    "h2": {"hypercorn_connection"},
+    "hypercorn": {"application", "asgi", "cli", "connection", "hypercorn_connection", "server"},
     "quart": {"access", "resources", "routes", "services", "stream"},
-    "quart_trio": {"application", "connection"},
+    "quart_trio": {"application", "asgi", "connection"},
 }
 """Libraries that few may know, and who."""
 

@@ -1,0 +1,375 @@
+"""Connections under Hypercorn: the socket below an ASGI `send`, and the deadline that is put there.
+
+Strategy: one walk, at each request, goes from `send` down through Hypercorn's HTTPStream and its protocol to the
+TCPServer, and puts a `DeadlineStream` below it; each step is checked by type. Bodies of plain HTTP/1.1 then go straight
+to the socket, in chunks that are made once for all clients; h11's state stays right, and the last chunk is Hypercorn's.
+TLS, HTTP/2 and HTTP/1.0 take Hypercorn's way. tests/test_pinned_insides.py names each inside that is used.
+
+What always holds: messages to Hypercorn run in a shield, since a cancel inside its `send` loses bytes that its
+protocols count as sent, and cuts its own cleaning up. The shield is bounded, and the stream below has a deadline.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, cast
+
+import h11
+import structlog
+import trio
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
+from hypercorn.config import Config
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent
+
+from sse_trio.connection import Connection, Headers, Respond, Writable
+from sse_trio.deadline import DeadlineStream, OutOfPatience
+
+__all__ = ["chunk", "connection_below", "contain_failures"]
+
+log = structlog.get_logger("sse_trio.connection")
+
+BACKSTOP = 6
+"""A shield around a send to Hypercorn lasts this many write timeouts: the deadline below it ends it long before."""
+
+MAX_STREAMS = 1000
+"""Streams that one HTTP/2 connection may have open at once, where Hypercorn's default would stand."""
+
+
+def connection_below(send: ASGISendCallable, scope: Any, timeout: float) -> tuple[Connection, Any] | None:
+    """The connection below Hypercorn's `send`, with a deadline of `timeout` s, and the worker's context.
+
+    None when `send` is not Hypercorn's, or not as we know it.
+    """
+    found = _beneath(send)
+    if found is None:
+        return None
+    http, protocol, server = found
+    transport = _adopt(server, timeout)
+    if isinstance(protocol, H2Protocol):
+        _unlimit(protocol)
+        return _H2Connection(scope, send, http, protocol, transport), http.context
+    return _H11Connection(scope, send, http, protocol, transport), http.context
+
+
+def chunk(payload: bytes) -> bytes:
+    """The HTTP/1.1 chunk that holds `payload`, which is not empty (an empty chunk ends the body)."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+class _HypercornConnection(Connection):
+    """What the connections of all protocols under Hypercorn share."""
+
+    __slots__ = ("_http", "_transport")
+
+    def __init__(self, scope: Any, send: ASGISendCallable, http: HTTPStream, transport: DeadlineStream) -> None:
+        super().__init__(scope, send, transport.timeout, transport.stopping)
+        self._http = http
+        self._transport = transport
+
+    async def _guarded(self, message: ASGISendEvent) -> None:
+        await self._ready()
+        with trio.move_on_after(BACKSTOP * self.timeout, shield=True) as scope:
+            await self._send(message)
+        if scope.cancelled_caught:
+            self._transport.abort()
+            raise trio.BrokenResourceError("the connection has not taken a message in time")
+        if self._http.closed and message.get("more_body", True):
+            # Hypercorn does not say so: it drops what is sent to a peer that is gone.
+            self.stalled = self._transport.stalled
+            raise trio.BrokenResourceError("the peer is gone")
+
+    async def run(self, respond: Respond, receive: ASGIReceiveCallable) -> None:
+        """Run a response of ours, without a task that waits for the peer's leaving: Hypercorn's reader cancels it."""
+        self._scope = scope = trio.CancelScope()
+
+        async def hear(message: ASGIReceiveEvent) -> None:
+            if message["type"] == "http.disconnect":
+                scope.cancel()
+
+        self._http.app_put = hear
+        _drain(receive)
+        if self._http.closed:  # it said so to the queue
+            scope.cancel()
+        with scope:
+            await respond(self)
+
+    async def _ready(self) -> None:
+        """Wait until a message can be taken, so that little waiting is left for the shield."""
+        if self._transport.unsent() == 0:
+            return  # the usual case, without a round through the kernel's poll
+        try:
+            await self._transport.wait_writable()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.stalled = self._transport.stalled
+            raise trio.BrokenResourceError("the peer is gone") from error
+
+    def unsent(self) -> int | None:
+        return self._transport.unsent()
+
+
+class _H11Connection(_HypercornConnection):
+    """HTTP/1.x. Without TLS and with chunks, bodies go straight to the socket, past h11, whose state stays
+    right."""
+
+    __slots__ = ("_chunked", "_protocol")
+
+    def __init__(
+        self,
+        scope: Any,
+        send: ASGISendCallable,
+        http: HTTPStream,
+        protocol: H11Protocol,
+        transport: DeadlineStream,
+    ) -> None:
+        super().__init__(scope, send, http, transport)
+        self._protocol = protocol
+        self._chunked = False
+        """Whether the head is sent and the body is ours to write, in chunks, to the socket."""
+
+    async def start(self, status: int, headers: Headers) -> None:
+        await super().start(status, headers)
+        self._chunked = not self.is_tls and _is_chunked(self._protocol.connection)
+
+    async def write(self, payload: bytes) -> None:
+        await super().write(chunk(payload) if self._chunked and payload else payload)
+
+    async def write_rest(self) -> None:
+        if not self._chunked:
+            await super().write_rest()
+            return
+        await trio.lowlevel.checkpoint()
+        try:
+            while self._rest is not None:
+                sent = await self._transport.send_some(self._rest)
+                self._keep(self._rest, sent)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.stalled = self._transport.stalled
+            raise trio.BrokenResourceError("the peer is gone") from error
+
+    def _keep(self, data: bytes | memoryview, sent: int) -> None:
+        self._rest = memoryview(data)[sent:] if sent < len(data) else None
+
+    async def finish(self) -> None:
+        await self.write_rest()
+        self._chunked = False
+        await super().finish()
+
+    @property
+    def can_write_now(self) -> bool:
+        return self._chunked and self._rest is None
+
+    def write_now(self, batch: Writable) -> bool:
+        data = batch.chunk
+        if data is None:
+            data = batch.chunk = chunk(batch.payload)
+        try:
+            sent = self._transport.send_now(data)
+        except trio.ClosedResourceError as error:
+            raise trio.BrokenResourceError("the peer is gone") from error
+        if sent == len(data):
+            return True
+        if sent == 0:
+            return False
+        self._keep(data, sent)
+        return True
+
+    @property
+    def spoke_early(self) -> bool:
+        return self._protocol.connection.trailing_data[0] != b""
+
+    def abort(self) -> None:
+        self._chunked = False
+        super().abort()
+        self._transport.abort()
+        # The reader may wait for the end of the response, and not see its own. It is woken and told; cancelling its
+        # nursery is no way: Hypercorn's TaskGroup drops what the nursery says of its own Cancelled, which then goes on
+        # upwards and ends the server.
+        self._protocol.connection = cast("Any", _OVER)
+        self._protocol.task_group.spawn(self._protocol.can_read.set)
+
+    def release(self) -> None:
+        # Hypercorn's reader waits until the response to the first request has ended. One that will not end,
+        # since it failed or the peer was cut off, would leave the reader waiting for ever.
+        unfinished = self._http.state is ASGIHTTPState.RESPONSE or self._http.closed
+        if self.spoke_early and unfinished and self._http.state is not ASGIHTTPState.CLOSED:
+            self.abort()
+
+
+class _Over:
+    """What stands in h11's place once the peer was cut off: whoever asks is told that the connection is closed."""
+
+    our_state = their_state = h11.ERROR
+    trailing_data = (b"", True)
+    they_are_waiting_for_100_continue = False
+
+    def next_event(self) -> h11.ConnectionClosed:
+        return h11.ConnectionClosed()
+
+    def receive_data(self, data: bytes) -> None:
+        pass
+
+    def send(self, event: object) -> bytes:
+        raise h11.LocalProtocolError("the peer was cut off")
+
+
+_OVER = _Over()
+
+
+def _drain(receive: Any) -> None:
+    """Empty the queue of a request that is not listened to any more: Hypercorn's reader may wait for room."""
+    channel = getattr(receive, "__self__", None)
+    if isinstance(channel, trio.MemoryReceiveChannel):
+        with suppress(trio.WouldBlock):
+            while True:
+                channel.receive_nowait()
+
+
+def _is_chunked(connection: Any) -> bool:
+    """Whether h11 has begun a body in chunks: not to HTTP/1.0, to HEAD, or with a Content-Length."""
+    return (
+        isinstance(connection, h11.Connection)
+        and connection.our_state is h11.SEND_BODY
+        and type(getattr(connection, "_writer", None)).__name__ == "ChunkedWriter"
+    )
+
+
+class _H2Connection(_HypercornConnection):
+    """A stream of an HTTP/2 connection. It waits for its own flow control, and is cut off without the
+    others."""
+
+    __slots__ = ("_protocol",)
+
+    def __init__(
+        self,
+        scope: Any,
+        send: ASGISendCallable,
+        http: HTTPStream,
+        protocol: H2Protocol,
+        transport: DeadlineStream,
+    ) -> None:
+        super().__init__(scope, send, http, transport)
+        self._protocol = protocol
+
+    @property
+    def _buffer(self) -> StreamBuffer | None:
+        return self._protocol.stream_buffers.get(self._http.stream_id)
+
+    async def _ready(self) -> None:
+        buffer = self._buffer
+        if buffer is None:
+            return
+        if buffer.buffer:
+            try:
+                await self._transport.wait(buffer.drain, lambda: len(buffer.buffer))
+            except OutOfPatience:
+                self.stalled = True
+                self.abort()
+                raise
+        # We have just waited in its place, and with a deadline: let it not wait in its `push`.
+        await buffer._paused.set()
+
+    def abort(self) -> None:
+        Connection.abort(self)
+        self._protocol.task_group.spawn(self._reset)
+
+    async def _reset(self) -> None:
+        """What Hypercorn does when the peer resets a stream, and the frame that tells the peer."""
+        protocol, stream_id = self._protocol, self._http.stream_id
+        with suppress(ProtocolError):
+            protocol.connection.reset_stream(stream_id, ErrorCodes.CANCEL)
+        if (buffer := self._buffer) is not None:
+            await buffer.close()
+        await protocol._close_stream(stream_id)
+        await protocol._window_updated(stream_id)
+        await protocol._flush()
+
+
+def _beneath(send: Any) -> tuple[HTTPStream, H11Protocol | H2Protocol, TCPServer] | None:
+    """Hypercorn's objects below its ASGI `send`; None when they are not the ones that we know."""
+    http = getattr(send, "__self__", None)
+    if not isinstance(http, HTTPStream) or getattr(send, "__func__", None) is not HTTPStream.app_send:
+        return None
+    protocol = getattr(http.send, "__self__", None)
+    if not isinstance(protocol, H11Protocol | H2Protocol):
+        return None
+    server = getattr(protocol.send, "__self__", None)
+    if not isinstance(server, TCPServer):
+        return None
+    stream = server.stream
+    transport: object = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    return (http, protocol, server) if isinstance(transport, trio.SocketStream | DeadlineStream) else None
+
+
+def _adopt(server: TCPServer, timeout: float) -> DeadlineStream:
+    """The deadline below this TCP connection, put there at its first request."""
+    stream: Any = server.stream
+    tls = isinstance(stream, trio.SSLStream)
+    inner = stream.transport_stream if tls else stream
+    if isinstance(inner, DeadlineStream):
+        return inner
+    transport = DeadlineStream(inner, timeout, server.context.terminated)
+    transport.bound_kernel()
+    if tls:
+        stream.transport_stream = transport
+    else:
+        cast("Any", server).stream = transport
+    return transport
+
+
+def _unlimit(protocol: H2Protocol) -> None:
+    """Let streams that last live beside many requests on one HTTP/2 connection; done at its first request."""
+    if protocol.keep_alive_requests < 0:
+        return
+    # Past `keep_alive_max_requests` Hypercorn says GOAWAY, and every stream that is open goes silent.
+    protocol.keep_alive_requests = -(1 << 62)
+    protocol.streams = _Streams(protocol.streams)
+    # One stream too many and Hypercorn ends the whole connection. A limit that the operator chose stays.
+    if protocol.config.h2_max_concurrent_streams == Config.h2_max_concurrent_streams:
+        protocol.connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS})
+
+
+class _Streams(dict[int, HTTPStream | WSStream]):
+    """The open streams of an HTTP/2 connection. To one that has ended, more of its request is sent into the void.
+
+    Hypercorn looks up the stream of each DATA frame; one that arrives after the answer (a body that nobody waited for)
+    would be a KeyError in its reader, which ends the worker.
+    """
+
+    def __missing__(self, stream_id: int) -> HTTPStream | WSStream:
+        return cast("HTTPStream", _Gone())
+
+
+class _Gone:
+    async def handle(self, event: object) -> None:
+        """Ignore it."""
+
+
+def contain_failures() -> None:
+    """Have a failure in a connection of Hypercorn's trio worker end that connection, and not the worker.
+
+    Some bytes that any client can send make Hypercorn's reader raise, and its nursery then takes down all connections
+    and the process: a path that is not ASCII over HTTP/2, a WebSocket handshake with a body, DATA after the answer.
+    Nothing below an ASGI `send` can be reached before the first request, so this replaces `TCPServer.run`, once.
+    """
+    run = TCPServer.run
+    if getattr(run, "contains_failures", False):
+        return
+
+    async def contained(server: TCPServer) -> None:
+        try:
+            await run(server)
+        except* Exception as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            log.warning("a connection failed in Hypercorn", error=repr(error))
+
+    contained.contains_failures = True  # type: ignore[attr-defined]
+    TCPServer.run = contained  # type: ignore[assignment, method-assign]
