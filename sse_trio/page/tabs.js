@@ -171,8 +171,7 @@ export class SharedStream {
 
   /** Ask every tab for its filter and its position; wait for all that hold a tab's lock, but not for long. */
   async #callTheRoll() {
-    const missing = new Set(this.#wants.keys());
-    for (const tab of await this.#livingTabs()) missing.add(tab);
+    const missing = new Set(await this.#livingTabs());
     missing.delete(this.#tab);
     this.#post({ kind: "who" });
     await new Promise((resolve) => {
