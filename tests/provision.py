@@ -18,7 +18,14 @@ NODE_PACKAGES = ("eventsource@4", "axe-core@4")
 MINIMUM_NODE = 20
 NODE_FOLDER = Path(sys.prefix) / "node"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-DEBIAN_TOOLS = {"nginx": "nginx-light", "haproxy": "haproxy", "caddy": "caddy", "ip": "iproute2", "curl": "curl"}
+DEBIAN_TOOLS = {
+    "nginx": "nginx-light",
+    "haproxy": "haproxy",
+    "caddy": "caddy",
+    "ip": "iproute2",
+    "curl": "curl",
+    "systemd-analyze": "systemd",
+}
 SBIN = (os.defpath, "/usr/sbin", "/sbin", "/usr/local/sbin")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import ssl
 import subprocess
@@ -20,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import provision
 import pytest
 import trio
 import trustme
@@ -155,7 +155,7 @@ def configuration(name: str, documented: bool, directory: Path, port: int, upstr
 @asynccontextmanager
 async def proxy(name: str, directory: Path, upstream: int, *, documented: bool = True) -> AsyncIterator[Proxy]:
     """The proxy before the server on port `upstream`; gone when the block ends."""
-    program = shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
+    program = provision.which(name)
     assert program, f"{name} is not installed (apt-get install {name})"
     directory.mkdir()
     port = free_port()
@@ -341,7 +341,7 @@ class Browser:
 
     def _run(self, task_status: trio.TaskStatus[None]) -> None:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=provision.browser(), args=["--no-sandbox"])
             page = browser.new_context(ignore_https_errors=True).new_page()
             trio.from_thread.run_sync(task_status.started)
             try:
