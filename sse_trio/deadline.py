@@ -69,8 +69,10 @@ class Patience:
         self.stopping = stopping
         self._stop_at = math.inf
 
-    async def wait(self, wait: Callable[[], Awaitable[Answer]], left: Callable[[], int | None]) -> Answer:
-        """What `wait()` returns, given time while `left()` shrinks.
+    async def wait(
+        self, wait: Callable[[], Awaitable[Answer]], left: Callable[[], int | None], since: float | None = None
+    ) -> Answer:
+        """What `wait()` returns, given time while `left()` shrinks; it was last seen to at `since`, else now.
 
         `wait` is cancelled and called again every now and then, so cancelling it must lose nothing.
 
@@ -78,7 +80,7 @@ class Patience:
             OutOfPatience: `left()` has not shrunk for `timeout` seconds, or the server has been
                 stopping for `STOPPING` seconds. Nothing has been done to the peer.
         """
-        moved_at = trio.current_time()
+        moved_at = trio.current_time() if since is None else since
         before = left()
         while True:
             now = trio.current_time()
@@ -230,8 +232,9 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         await self._wait(self.stream.wait_send_all_might_not_block)
 
     async def _wait(self, wait: Callable[[], Awaitable[Answer]]) -> Answer:
+        self._look(trio.current_time())
         try:
-            return await self.wait(wait, self.unsent)
+            return await self.wait(wait, self.unsent, self._moved_at)
         except OutOfPatience:
             self.stalled = True
             self.abort()
