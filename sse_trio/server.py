@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
 
 import structlog
 import trio
@@ -56,16 +58,46 @@ def bind_socket(bind: str) -> socket.socket:
     Raises:
         StartError: it cannot be had; the text names the address.
     """
-    config = Config()
-    config.bind = [f"127.0.0.1:{bind.removeprefix(':')}" if bind.removeprefix(":").isdecimal() else bind]
     try:
-        if not bind.startswith(("unix:", "fd://")) and not config.bind[0].rpartition(":")[2].isdecimal():
-            raise ValueError("it has no port")
-        bound = config.create_sockets().insecure_sockets[0]
-        bound.listen(BACKLOG)
+        bound = _bind(bind)
+        try:
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StartError(f"cannot listen on {config.bind[0]}: {reason[:1].lower()}{reason[1:]}") from None
+        raise StartError(f"cannot listen on {bind}: {reason[:1].lower()}{reason[1:]}") from None
+    bound.setblocking(False)
+    return bound
+
+
+def _bind(bind: str) -> socket.socket:
+    if bind.startswith("fd://"):
+        bound = socket.socket(fileno=int(bind.removeprefix("fd://")))
+        bound.set_inheritable(True)
+        return bound
+    address: Any
+    if bind.startswith("unix:"):
+        family, address = socket.AF_UNIX, bind.removeprefix("unix:")
+        if os.path.exists(address) and stat.S_ISSOCK(os.stat(address).st_mode):
+            os.unlink(address)
+    else:
+        host, _, port = bind.rpartition(":")
+        if not port.isdecimal() or int(port) > 65535:
+            raise ValueError("it has no port from 0 to 65535")
+        found = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", int(port), type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.set_inheritable(True)
+        if family != socket.AF_UNIX:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound.bind(address)
+    except BaseException:
+        bound.close()
+        raise
     return bound
 
 
@@ -235,5 +267,7 @@ async def run_workers(count: int, bound: socket.socket, options: list[str], grac
             async with trio.open_nursery() as nursery:
                 for worker in workers:
                     nursery.start_soon(child.end, worker, 0.0 if stopping else grace)
-    codes = [worker.returncode for worker in workers]
-    return next((code if code > 0 else 1 for code in codes if code), 0 if stopping else 1)
+    if not stopping:
+        return 1
+    # One that was asked before it listened to signals ended as it was asked to.
+    return 1 if any(worker.returncode not in {0, -signal.SIGTERM} for worker in workers) else 0
