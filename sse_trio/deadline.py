@@ -40,8 +40,11 @@ STEP = 0.5
 """Seconds between two looks at a blocked peer, at most; a quarter of the timeout where that is less."""
 
 SEND_BUFFER = 64 * 1024
-"""What the kernel is asked to hold at most for a peer that does not read (Linux doubles it, for its
-bookkeeping)."""
+"""What the kernel is asked to hold at most for one peer; Linux doubles it, for its bookkeeping.
+
+Measured on loopback: one write takes up to 130 KB, so a round of hundreds of frames still goes out in one; a peer that
+stopped reading holds 65 KB (by trio's TCP_NOTSENT_LOWAT), and one that vanished up to 128 KB instead of 4 MB.
+"""
 
 SMALL = 4096
 """Bytes that every peer that lives has room for."""
