@@ -145,6 +145,11 @@ def demo(bind: str) -> None:
     """Show everything on this machine: a nats-server, the server, and three agents who share discoveries.
 
     Prints the address of a live page. Ctrl-C ends all of it, and no file is left.
+
+    \b
+    Examples:
+      sse-trio demo
+      sse-trio demo --bind 127.0.0.1:8080
     """
     from sse_trio.application import create_app
     from sse_trio.discovery import build
@@ -274,7 +279,15 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
 @main.command()
 @click.option("--bind", default="127.0.0.1:3000", show_default=True, help="Where the server is going to listen.")
 def doctor(bind: str) -> None:
-    """Check what the server needs (NATS, JetStream, the stream, permissions, port, open files); say what to do."""
+    """Check what the server needs (NATS, JetStream, the stream, permissions, port, open files); say what to do.
+
+    The exit code is 1 where something must be mended before the server can do its work.
+
+    \b
+    Examples:
+      sse-trio doctor
+      NATS_URL=nats://nats.example.org:4222 sse-trio doctor --bind 0.0.0.0:3000
+    """
     from sse_trio.doctor import examine
 
     settings = settings_or_fail()
