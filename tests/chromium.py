@@ -7,6 +7,7 @@ Content-Security-Policy) fails the test that looked at it. No wait is without Pl
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import trio
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Playwright, expect, sync_playwright
 from provision import browser
 from support import WITHIN, NatsServer, Server, payload
 
@@ -36,6 +37,16 @@ class Chromium:
         return await trio.to_thread.run_sync(lambda: self.thread.submit(function).result())
 
 
+def start_playwright() -> Playwright:
+    """Playwright on an event loop of asyncio's own; where trio-asyncio was imported, new loops are that one's."""
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
+    try:
+        return sync_playwright().start()
+    finally:
+        asyncio.set_event_loop_policy(policy)
+
+
 @contextmanager
 def run_chromium() -> Iterator[Chromium]:
     """The Chromium of this machine, headless; gone when the block ends."""
@@ -43,7 +54,7 @@ def run_chromium() -> Iterator[Chromium]:
     assert program is not None, "a Chromium is needed: tests/provision.py gets it"
     arguments = ["--no-sandbox"] if os.getuid() == 0 else []
     with ThreadPoolExecutor(1, "chromium") as thread:
-        playwright = thread.submit(lambda: sync_playwright().start()).result()
+        playwright = thread.submit(start_playwright).result()
         try:
             chromium = thread.submit(
                 lambda: playwright.chromium.launch(executable_path=program, args=arguments)
