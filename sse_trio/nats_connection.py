@@ -320,7 +320,8 @@ class NatsConnection:
                 answers.wake = trio.Event()
                 for message in answers.messages[heard:]:
                     heard += 1
-                    if message.status == 503 and not message.payload and heard == 1:
+                    # Of a stored message, which says what it likes, the server tells the sequence.
+                    if message.status == 503 and not message.payload and b"Nats-Sequence:" not in (message.head or b""):
                         raise NoResponders("no-responders", f"{self.server}: nobody answers on {subject}")
                     if until(message):
                         return answers.messages[:heard]

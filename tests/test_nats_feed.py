@@ -19,7 +19,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorder import Recorder, down, live, operator, running
-from support import WITHIN, NatsServer, a_discovery, eventually, nats_server, payload
+from support import WITHIN, NatsServer, a_discovery, eventually, fail_within, nats_server, payload
 
 from sse_trio import nats_feed
 from sse_trio import rounds as rounds_module
@@ -345,33 +345,48 @@ async def test_a_stream_of_which_everything_is_gone_begins_at_its_end(nats: Nats
 
 
 async def test_headers_and_status_lines_of_publishers_are_not_believed(nats: NatsServer) -> None:
-    async with running(nats) as (feed, recorder), operator(nats) as others:
-        await live(feed)
-        forged = {"Nats-Sequence": "999", "Nats-Subject": "evil", "Nats-Last-Sequence": "7", "Nats-Num-Pending": "0"}
-        await others.store("discoveries.x", payload(1), **forged)
-        head = b"NATS/1.0 204 EOB\r\nNats-Num-Pending: 0\r\nNats-Last-Consumer: 5\r\n\r\n"
-        async with await trio.open_tcp_stream("127.0.0.1", nats.port) as raw:
-            for status in (b"204 EOB", b"404 None", b"100 FlowControl", b"503"):
-                head = b"NATS/1.0 %s\r\nNats-Num-Pending: 0\r\nNats-Last-Consumer: 5\r\n\r\n" % status
-                data = payload(2)
-                await raw.send_all(b'CONNECT {"verbose":false,"headers":true}\r\n')
-                await raw.send_all(
-                    b"HPUB discoveries.x %d %d\r\n%s%s\r\n" % (len(head), len(head) + len(data), head, data)
-                )
-            await eventually(lambda: len(recorder.events) == 5, "all five arrive")
-        await others.share(3)
-        await recorder.hears(3)
-        assert recorder.sequences == [1, 2, 3, 4, 5, 6]
-        page = await feed.read(0)
-        assert [(frame.sequence, frame.subject) for frame in page.frames] == [
-            *((sequence, "discoveries.x") for sequence in range(1, 6)),
-            (6, "discoveries.insights"),
-        ]
-        assert feed.counters.consumer_restarts == 0
-        for sequence in range(1, 7):
-            frame = await feed.backlog.get(sequence)
-            assert frame is not None
-            assert frame.sequence == sequence
+    forged = b"Nats-Sequence: 999\r\nNats-Subject: evil\r\nNats-Last-Sequence: 7\r\nNats-Num-Pending: 0\r\n"
+    heads = [
+        b"NATS/1.0\r\n" + forged + b"\r\n",
+        *(b"NATS/1.0 %s\r\n\r\n" % status for status in (b"204 EOB", b"404 None", b"503", b"100 Idle Heartbeat")),
+        *(b"NATS/1.0 %s\r\nX: y\r\n\r\n" % status for status in (b"204 EOB", b"404 None", b"503", b"100 Idle")),
+        b"NATS/1.0 204\r\n" + forged,
+        b"NATS/1.0\r\n\r\n" + forged + b"\r\n",
+        b"NATS/1.0",
+        b"\xff\0\r\n",
+        b"\r\n\r\n",
+    ]
+    with structlog.testing.capture_logs():
+        async with running(nats) as (feed, recorder), operator(nats) as others:
+            await live(feed)
+            for head in heads:
+                await publish_raw(nats, head, b"")
+                await publish_raw(nats, head, payload(1))
+            await others.share(2)
+            await recorder.hears(2)
+            events = len(heads)
+            assert recorder.sequences == [*range(2, 2 * events + 1, 2), 2 * events + 1]
+            assert {subject for _, subject, _ in recorder.events} == {"discoveries.x", "discoveries.insights"}
+            assert feed.counters.consumer_restarts == 0
+            with fail_within(WITHIN, "all of it can be read back"):
+                page = await feed.read(0)
+                assert [frame.sequence for frame in page.frames] == recorder.sequences
+                for sequence, subject, discovery in recorder.events:
+                    frame = await feed.backlog.get(sequence)
+                    assert frame is not None
+                    assert frame.discovery is not None
+                    assert (frame.subject, frame.discovery.payload) == (subject, discovery.payload)
+
+
+async def publish_raw(server: NatsServer, head: bytes, data: bytes) -> None:
+    """Publish with a header block that no client would make."""
+    async with await trio.open_tcp_stream("127.0.0.1", server.port) as raw:
+        message = b"HPUB discoveries.x %d %d\r\n%s%s\r\n" % (len(head), len(head) + len(data), head, data)
+        await raw.send_all(b'CONNECT {"verbose":false,"headers":true}\r\n' + message + b"PING\r\n")
+        heard = b""
+        with fail_within(WITHIN, "the server has it"):
+            while b"PONG" not in heard:
+                heard += await raw.receive_some()
 
 
 async def test_a_large_backlog_waits_in_the_server_and_not_in_our_memory(
