@@ -56,6 +56,9 @@ TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
 EVENT_ID = {"type": "string", "pattern": r"^[A-Za-z0-9.-]+-[0-9]+$", "maxLength": 128}
 
+TOKEN = r"[^\s.>\u0000-\u001f\u007f\u0085]+"
+"""A token of a NATS subject: no white space, no control characters."""
+
 FILTERS = [
     repeated("type", "Only these discovery types, in any case.", {"type": "string", "enum": list(DISCOVERY_TYPES)}),
     repeated("role", "Only from agents of these roles.", {"type": "string", "minLength": 1}),
@@ -64,7 +67,7 @@ FILTERS = [
     repeated(
         "subject",
         "Only NATS subjects that match this pattern (`*` is one token, `>` the rest).",
-        {"type": "string", "pattern": r"^[^\s.>]+(\.[^\s.>]+)*(\.>)?$|^>$"},
+        {"type": "string", "maxLength": 256, "pattern": rf"^{TOKEN}(\.{TOKEN})*(\.>)?$|^>$"},
     ),
 ]
 
@@ -123,21 +126,29 @@ EVENTS: dict[str, Schema] = {
     ),
 }
 
+DISCOVERY: Schema = {
+    "type": "object",
+    "description": "A discovery as it was published; keys that are not named here are kept.",
+    "properties": {
+        "agent_id": {"type": "string", "minLength": 1, "not": {"enum": [".", ".."]}},
+        "agent_role": TEXT,
+        "discovery_type": {"type": "string", "enum": list(DISCOVERY_TYPES)},
+        "content": TEXT,
+        "confidence": CONFIDENCE,
+        "timestamp": {"type": "string", "format": "date-time"},
+        "related_to": {"type": ["string", "null"]},
+    },
+    "required": ["agent_id", "agent_role", "discovery_type", "content", "confidence"],
+}
+
 SCHEMAS: dict[str, Schema] = {
     "EventId": EVENT_ID | {"description": "`<epoch>-<n>`: a cursor. Resumes after this event, on any instance."},
-    "Discovery": {
-        "type": "object",
-        "description": "A discovery as it was published; keys that are not named here are kept.",
-        "properties": {
-            "agent_id": {"type": "string", "minLength": 1, "not": {"enum": [".", ".."]}},
-            "agent_role": TEXT,
-            "discovery_type": {"type": "string", "enum": list(DISCOVERY_TYPES)},
-            "content": TEXT,
-            "confidence": CONFIDENCE,
-            "timestamp": {"type": "string", "format": "date-time"},
-            "related_to": {"type": ["string", "null"]},
-        },
-        "required": ["agent_id", "agent_role", "discovery_type", "content", "confidence"],
+    "Discovery": DISCOVERY,
+    "SharedDiscovery": DISCOVERY
+    | {
+        "description": "A discovery to share; without a `timestamp` it is of now.",
+        "properties": DISCOVERY["properties"]
+        | {"timestamp": {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]}},
     },
     "Notification": {
         "type": "object",
@@ -291,7 +302,7 @@ def paths() -> Schema:
             "post": {
                 "operationId": "share",
                 "summary": f"Shares a discovery of at most {MAX_PAYLOAD} bytes over NATS.",
-                "requestBody": {"required": True, "content": json_content(ref("Discovery"))},
+                "requestBody": {"required": True, "content": json_content(ref("SharedDiscovery"))},
                 "responses": {
                     "202": {
                         "description": "NATS has it.",
