@@ -16,7 +16,7 @@ import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from sse_trio.connection import Connection, ConnectionResponse, Worker
+from sse_trio.connection import Connection, ConnectionResponse, PeerGone, Worker
 from sse_trio.hypercorn_connection import connection_below
 
 __all__ = ["ASGIConnection", "RefusedWebSocket"]
@@ -38,13 +38,15 @@ class ASGIConnection(TrioASGIHTTPConnection):
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         self._connection = connection = _connection(self.app, self.scope, send)
         try:
-            if not _is_path(self.scope["path"]):
+            if _is_path(self.scope["path"]):
+                await super().__call__(_bounded(receive, self.app.config["MAX_CONTENT_LENGTH"]), connection.send)
+            else:
                 await _refuse(connection)
-                return
-            await super().__call__(_bounded(receive, self.app.config["MAX_CONTENT_LENGTH"]), connection.send)
             response, self._ours = self._ours, None
             if response is not None and not self._left:
                 await connection.run(response.respond, receive)
+        except* PeerGone:
+            pass  # which ends any response, and is no failure of it
         finally:
             connection.release()
 

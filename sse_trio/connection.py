@@ -22,7 +22,7 @@ from quart_trio.wrappers import TrioResponse
 
 from sse_trio.deadline import Stopping
 
-__all__ = ["Connection", "ConnectionResponse", "Headers", "Respond", "Worker", "Writable"]
+__all__ = ["Connection", "ConnectionResponse", "Headers", "PeerGone", "Respond", "Worker", "Writable"]
 
 Headers = Iterable[tuple[bytes, bytes]]
 Respond = Callable[["Connection"], Awaitable[None]]
@@ -34,6 +34,10 @@ class Writable(Protocol):
 
     payload: bytes
     chunk: bytes | None
+
+
+class PeerGone(trio.BrokenResourceError):
+    """The peer has left, or was cut off because it took nothing. A response may let it out: it then just ends."""
 
 
 class Connection:
@@ -70,14 +74,14 @@ class Connection:
 
     async def send(self, message: ASGISendEvent) -> None:
         """The ASGI `send` for responses that are not ours. To a peer that is gone it sends into the void."""
-        with suppress(trio.BrokenResourceError):
+        with suppress(PeerGone):
             await self._guarded(message)
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the response.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone.
+            PeerGone: the peer is gone.
         """
         message = {"type": "http.response.start", "status": status, "headers": list(headers)}
         await self._guarded(cast("ASGISendEvent", message))
@@ -86,7 +90,7 @@ class Connection:
         """Write what is left, and end the body. The server then keeps, or closes, the connection.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone, or was cut off because it took nothing.
+            PeerGone: the peer is gone, or was cut off because it took nothing.
         """
         await self.write_rest()
         await self._guarded({"type": "http.response.body", "body": b"", "more_body": False})
@@ -97,7 +101,7 @@ class Connection:
             await self._send(message)
         if scope.cancelled_caught:
             self.stalled = True
-            raise trio.BrokenResourceError("the server has not taken a message in time")
+            raise PeerGone("the server has not taken a message in time")
 
     async def run(self, respond: Respond, receive: ASGIReceiveCallable) -> None:
         """Run a response of ours; it is cancelled when the peer leaves."""
@@ -121,7 +125,7 @@ class Connection:
         Cancelled, what was not written is the rest, for the next `write`, `write_rest` or `finish`.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone, or was cut off because it took nothing.
+            PeerGone: the peer is gone, or was cut off because it took nothing.
         """
         if payload:
             self._rest = payload if self._rest is None else b"".join((self._rest, payload))
@@ -151,7 +155,7 @@ class Connection:
         Only while no other task writes, and after the head.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone.
+            PeerGone: the peer is gone.
         """
         return False
 

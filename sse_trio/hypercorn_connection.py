@@ -28,7 +28,7 @@ from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent
 
-from sse_trio.connection import Connection, Headers, Respond, Writable
+from sse_trio.connection import Connection, Headers, PeerGone, Respond, Writable
 from sse_trio.deadline import DeadlineStream, OutOfPatience
 
 __all__ = ["chunk", "connection_below", "contain_failures"]
@@ -79,11 +79,11 @@ class _HypercornConnection(Connection):
             await self._send(message)
         if scope.cancelled_caught:
             self._transport.abort()
-            raise trio.BrokenResourceError("the connection has not taken a message in time")
+            raise PeerGone("the connection has not taken a message in time")
         if self._http.closed and message.get("more_body", True):
             # Hypercorn does not say so: it drops what is sent to a peer that is gone.
             self.stalled = self._transport.stalled
-            raise trio.BrokenResourceError("the peer is gone")
+            raise PeerGone("the peer is gone")
 
     async def run(self, respond: Respond, receive: ASGIReceiveCallable) -> None:
         """Run a response of ours, without a task that waits for the peer's leaving: Hypercorn's reader cancels it."""
@@ -108,7 +108,7 @@ class _HypercornConnection(Connection):
             await self._transport.wait_writable()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self.stalled = self._transport.stalled
-            raise trio.BrokenResourceError("the peer is gone") from error
+            raise PeerGone("the peer is gone") from error
 
     def unsent(self) -> int | None:
         return self._transport.unsent()
@@ -151,7 +151,7 @@ class _H11Connection(_HypercornConnection):
                 self._keep(self._rest, sent)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self.stalled = self._transport.stalled
-            raise trio.BrokenResourceError("the peer is gone") from error
+            raise PeerGone("the peer is gone") from error
 
     def _keep(self, data: bytes | memoryview, sent: int) -> None:
         self._rest = memoryview(data)[sent:] if sent < len(data) else None
@@ -172,7 +172,7 @@ class _H11Connection(_HypercornConnection):
         try:
             sent = self._transport.send_now(data)
         except trio.ClosedResourceError as error:
-            raise trio.BrokenResourceError("the peer is gone") from error
+            raise PeerGone("the peer is gone") from error
         if sent == len(data):
             return True
         if sent == 0:
@@ -268,10 +268,10 @@ class _H2Connection(_HypercornConnection):
         if buffer.buffer:
             try:
                 await self._transport.wait(buffer.drain, lambda: len(buffer.buffer))
-            except OutOfPatience:
+            except OutOfPatience as error:
                 self.stalled = True
                 self.abort()
-                raise
+                raise PeerGone("the peer takes nothing of this stream") from error
         # We have just waited in its place, and with a deadline: let it not wait in its `push`.
         await buffer._paused.set()
 

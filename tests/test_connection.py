@@ -378,6 +378,25 @@ async def test_a_write_to_a_peer_that_has_left_says_so() -> None:
         await gate.wait()
 
 
+async def test_a_response_may_let_out_that_the_peer_has_left() -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        try:
+            await connection.write(FRAME)
+            with trio.move_on_after(WITHIN, shield=True):
+                await write_on(connection)
+        finally:
+            gate.ended.set()
+
+    async with serving(script) as server:  # which fails when an error was logged
+        peer = await server.connect()
+        await peer.send_all(get("/stream"))
+        await read_until(peer, FRAME)
+        await peer.aclose()
+        await gate.wait()
+
+
 async def test_a_peer_that_speaks_after_its_request_is_noticed() -> None:
     gate = Gate()
     async with serving(gate.stand) as server, await server.connect() as peer:
