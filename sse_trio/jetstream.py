@@ -336,7 +336,7 @@ class JetStream:
 
 def _closes(message: Message) -> bool:
     """Whether this is the server's closing status, and no stored message with a status line of its publisher's."""
-    return message.status is not None and b"\r\nNats-Sequence:" not in (message.head or b"")
+    return message.status is not None and not message.is_stored
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -321,7 +321,7 @@ class NatsConnection:
                 for message in answers.messages[heard:]:
                     heard += 1
                     # Of a stored message, which says what it likes, the server tells the sequence.
-                    if message.status == 503 and not message.payload and b"Nats-Sequence:" not in (message.head or b""):
+                    if message.status == 503 and not message.payload and not message.is_stored:
                         raise NoResponders("no-responders", f"{self.server}: nobody answers on {subject}")
                     if until(message):
                         return answers.messages[:heard]

@@ -55,6 +55,11 @@ class Message(NamedTuple):
         return int(code) if code.isdigit() else None
 
     @property
+    def is_stored(self) -> bool:
+        """Whether a stream gave this, having added where it has it. Its status line, if any, is the publisher's."""
+        return self.head is not None and b"\r\nNats-Sequence:" in self.head
+
+    @property
     def description(self) -> str:
         """The text behind the status code."""
         line = (self.head or b"").partition(b"\r\n")[0]
