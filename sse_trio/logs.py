@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 import structlog
 
@@ -36,6 +37,29 @@ def configure_logging(settings: Settings) -> None:
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+    accepting = logging.getLogger("trio.serve_listeners")
+    if not any(isinstance(handler, _Accepting) for handler in accepting.handlers):
+        accepting.addHandler(_Accepting())
+        accepting.propagate = False
+
+
+class _Accepting(logging.Handler):
+    """What Trio says when a connection cannot be accepted (no file is left): one line every `INTERVAL` seconds.
+
+    It says it ten times a second, each time with a traceback.
+    """
+
+    INTERVAL = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = float("-inf")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self.INTERVAL
+            structlog.get_logger("sse_trio.server").error("connections cannot be accepted", reason=record.getMessage())
 
 
 def _keep(
