@@ -412,6 +412,20 @@ async def test_a_large_backlog_waits_in_the_server_and_not_in_our_memory(
             assert recorder.numbers == list(range(1, 1001))
 
 
+async def test_the_longer_reply_subjects_of_servers_to_come_are_understood(tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text("feature_flags { js_ack_fc_v2: true }")
+    async with nats_server(tmp_path / "nats", options=("-c", str(config))) as server, operator(server) as others:
+        await others.create_stream()
+        await others.share(*range(1, 301), extra="x" * 30_000)  # enough for flow control
+        async with running(server) as (feed, recorder):
+            await live(feed)
+            await others.share(301)
+            await recorder.hears(301)
+            assert recorder.sequences == list(range(1, 302))
+            assert feed.counters.consumer_restarts == 0
+
+
 # -- the mode is decided once ------------------------------------------------------------------------------------------
 
 
