@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from support import NatsServer, Server, eventually, free_port, listen, nats_server, payload, run_server
 
 CORE = {"NATS_DURABLE": "off"}
@@ -127,9 +126,7 @@ async def test_with_jetstream_nothing_is_missed_over_a_restart(nats: NatsServer,
 
 
 async def test_jetstream_that_is_required_and_missing_ends_the_start(core_nats: NatsServer, tmp_path: Path) -> None:
-    async with run_server(
-        tmp_path, nats_url=core_nats.url, env={"NATS_DURABLE": "require"}, wait=False
-    ) as server:
+    async with run_server(tmp_path, nats_url=core_nats.url, env={"NATS_DURABLE": "require"}, wait=False) as server:
         await server.exited()
         assert "JetStream" in server.output
 
