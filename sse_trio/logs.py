@@ -20,11 +20,8 @@ __all__ = ["configure_logging"]
 def configure_logging(settings: Settings) -> None:
     """Send every line at or above `LOG_LEVEL` to standard error, as JSON or for people (`LOG_FORMAT`)."""
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
-    renderer: structlog.typing.Processor
-    if as_json:
-        renderer = structlog.processors.JSONRenderer()
-    else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    people = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer() if as_json else people
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
