@@ -462,10 +462,11 @@ async def test_a_wildcard_is_never_wider_than_the_token(nats: NatsServer, tmp_pa
             assert (await request(server.port, "GET", path, headers=bearer(TEAM_A)))[0] == 403, agent_id
 
 
+@pytest.mark.parametrize("history", ["10000", "0"], ids=["from memory", "from the stream"])
 async def test_what_a_token_may_not_hear_is_not_delivered_not_replayed_not_listed_and_not_readable(
-    nats: NatsServer, tmp_path: Path
+    nats: NatsServer, tmp_path: Path, history: str
 ) -> None:
-    async with attacked(tmp_path, nats, env=WITH_TOKENS) as server:
+    async with attacked(tmp_path, nats, env=WITH_TOKENS | {"SSE_HISTORY": history, "SSE_BUFFER": "2"}) as server:
         theirs, ours = payload(1, content="theirs", agent_id="b-9"), payload(2, content="ours", agent_id="a-9")
         async with listen(server.port, "a-1", headers=bearer(TEAM_A)) as client:
             connected = await client.next("connected")
