@@ -16,7 +16,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import structlog
@@ -59,46 +59,36 @@ def bind_socket(bind: str) -> socket.socket:
         StartError: it cannot be had; the text names the address.
     """
     try:
-        bound = _bind(bind)
-        try:
+        with ExitStack() as on_failure:
+            if bind.startswith("fd://"):
+                bound = on_failure.enter_context(socket.socket(fileno=int(bind.removeprefix("fd://"))))
+            else:
+                family, address = _address_of(bind)
+                bound = on_failure.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                if family != socket.AF_UNIX:
+                    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                bound.bind(address)
             bound.listen(BACKLOG)
-        except OSError:
-            bound.close()
-            raise
+            bound.setblocking(False)
+            on_failure.pop_all()
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StartError(f"cannot listen on {bind}: {reason[:1].lower()}{reason[1:]}") from None
-    bound.setblocking(False)
     return bound
 
 
-def _bind(bind: str) -> socket.socket:
-    if bind.startswith("fd://"):
-        bound = socket.socket(fileno=int(bind.removeprefix("fd://")))
-        bound.set_inheritable(True)
-        return bound
-    address: Any
+def _address_of(bind: str) -> tuple[socket.AddressFamily, Any]:
     if bind.startswith("unix:"):
-        family, address = socket.AF_UNIX, bind.removeprefix("unix:")
-        if os.path.exists(address) and stat.S_ISSOCK(os.stat(address).st_mode):
-            os.unlink(address)
-    else:
-        host, _, port = bind.rpartition(":")
-        if not port.isdecimal() or int(port) > 65535:
-            raise ValueError("it has no port from 0 to 65535")
-        found = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", int(port), type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.set_inheritable(True)
-        if family != socket.AF_UNIX:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        bound.bind(address)
-    except BaseException:
-        bound.close()
-        raise
-    return bound
+        path = bind.removeprefix("unix:")
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)  # left by a server that was killed
+        return socket.AF_UNIX, path
+    host, _, port = bind.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise ValueError("it has no port from 0 to 65535")
+    found = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", int(port), type=socket.SOCK_STREAM)
+    family, _, _, _, address = found[0]
+    return family, address
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from sse_trio.server import (
     listening,
     run_app,
     run_workers,
+    shared_metrics,
     stop_on_signals,
     stop_signals,
 )
@@ -130,12 +131,12 @@ async def test_a_signal_during_start_up_ends_it_at_once(nats: NatsServer, tmp_pa
         await eventually(lambda: _can_connect(server.port), "the socket is there, though nobody answers yet")
 
         async def asked() -> bool:
-            # Before the command is so far as to listen to signals, one would end it without a word.
-            if "SigCgt" in (status := Path(f"/proc/{server.process.pid}/status").read_text()):
-                caught = int(status.partition("SigCgt:")[2].split()[0], 16)
-                if caught & 1 << (signal.SIGTERM - 1):
-                    server.process.terminate()
-                    return True
+            # Before the command is so far as to listen to signals, one would end it without a word. (SIGHUP is the
+            # last that it begins to listen to, and nobody else does.)
+            status = Path(f"/proc/{server.process.pid}/status").read_text()
+            if int(status.partition("SigCgt:")[2].split()[0], 16) & 1 << (signal.SIGHUP - 1):
+                server.process.terminate()
+                return True
             return False
 
         await eventually(asked, "it listens to signals")
@@ -338,6 +339,18 @@ def test_a_unix_socket_leaves_no_file(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_unix_socket_that_a_killed_server_left_is_no_obstacle_but_another_file_is(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    bind_socket(f"unix:{path}").close()
+    assert path.is_socket()
+    with listening(f"unix:{path}"):
+        pass
+    path.write_text("precious")
+    with pytest.raises(StartError), listening(f"unix:{path}"):
+        pass
+    assert path.read_text() == "precious"
+
+
 async def test_a_unix_socket_serves(nats: NatsServer, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     stop = trio.Event()
@@ -382,6 +395,14 @@ async def test_several_workers_share_a_socket_and_their_counts_and_end_together(
         assert len(streams) == 8
         assert await server.exited() == 0
         assert not any(is_alive(worker) for worker in workers)
+
+
+def test_workers_count_where_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    with shared_metrics() as (environment, locks):
+        assert environment["PROMETHEUS_MULTIPROC_DIR"] == str(tmp_path)
+        assert locks == []
+    assert tmp_path.exists()
 
 
 async def test_when_one_worker_dies_the_others_drain_and_the_exit_code_says_so(
