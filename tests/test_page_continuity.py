@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import trio
-from chromium import Chromium, Tab, clients_of, open_window, run_chromium, share
-from playwright.sync_api import Route
+from chromium import DEADLINE, Chromium, Tab, clients_of, open_window, run_chromium, share
+from playwright.sync_api import Route, expect
 from support import NatsServer, Server, eventually, free_port, run_server
 
 
@@ -126,6 +126,9 @@ async def test_nats_killed_and_back_is_said_and_on_core_nats_shows_as_a_gap(
         core_nats.kill()
         await tab.shows("#state[data-feed=down]")
         await tab.says("#state-text", "No feed")
+        await tab.do(
+            lambda page: expect(page.locator("#announcer")).to_contain_text("No feed", timeout=DEADLINE)
+        )  # screen readers hear it too
         await core_nats.start()
         await tab.shows("tr.gap[data-reason=upstream]", 1)
         await tab.shows("#state[data-feed=live]")
