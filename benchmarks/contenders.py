@@ -82,7 +82,7 @@ def _sse_trio(workers: int) -> Callable[[Setting], list[str]]:
 
 
 def _baseline(setting: Setting) -> list[str]:
-    bind = ["-b", f"127.0.0.1:{setting.port}", "--backlog", "4096"]
+    bind = ["-b", f"127.0.0.1:{setting.port}", "--backlog", "4096", "--keep-alive", "60"]
     return [sys.executable, "-m", "hypercorn", "benchmarks.baseline:app", "--worker-class", "trio", *bind]
 
 

@@ -26,6 +26,7 @@ def quick() -> list[Scenario]:
         fanout(1_000, 5, 4, MAIN),
         fanout(1_000, 1_000, 3, MAIN),
         fanout(1_000, 3_000, 3, MAIN),
+        fanout(1_000, 10_000, 2, ("floor", "sse-trio", "nchan")),
         fanout(100, 20_000, 3, ("floor", "sse-trio")),
         fanout(10_000, 10, 4, ("floor", "sse-trio", "sse-trio-2", "nchan"), probe_ms=20),
         fanout(1_000, 100, 3, VARIANTS),
@@ -36,7 +37,7 @@ def quick() -> list[Scenario]:
             10_000,
             0,
             0,
-            ("floor", "sse-trio", "sse-trio-2", "nchan"),
+            ("floor", "sse-trio", "sse-trio-2", "nchan", "baseline"),
             at_once=0,
         ),
         Scenario(

@@ -159,7 +159,7 @@ class Target:
     at: str
     aim: str
     compute: Callable[[Table], Spread | None]
-    is_met: Callable[[Spread], bool]
+    is_met: Callable[[Spread], bool] | None  # None: it is only to be stated
     unit: str = "×"
 
 
@@ -230,7 +230,7 @@ TARGETS = (
     ),
     Target("", "`/health` p99 < 50 ms", _probe("fanout-10000x10", "p99"), lambda s: s.middle < 50, " ms"),
     Target(
-        "connect",
+        "1,000 connect, 64 at a time",
         "≥ 1.5× the generator's rate",
         _ratio("connect", "baseline", "connects_per_s"),
         lambda s: s.middle >= 1.5,
@@ -242,9 +242,15 @@ TARGETS = (
         lambda s: s.least == 10_000,
         "",
     ),
-    Target("", "time, 1 worker", _value("reconnect", "connect_seconds"), lambda s: True, " s"),
+    Target("", "time, 1 worker", _value("reconnect", "connect_seconds"), None, " s"),
+    Target(
+        "",
+        "≥ 1.5× the generator's rate",
+        _ratio("reconnect", "baseline", "connects_per_s"),
+        lambda s: s.middle >= 1.5,
+    ),
     Target("", "all, 2 workers", _value("reconnect", "ready", "sse-trio-2"), lambda s: s.least == 10_000, ""),
-    Target("", "time, 2 workers", _value("reconnect", "connect_seconds", "sse-trio-2"), lambda s: True, " s"),
+    Target("", "time, 2 workers", _value("reconnect", "connect_seconds", "sse-trio-2"), None, " s"),
     Target(
         "against sse-starlette",
         "deliveries/s ≥ 40× (1,000 × 3,000/s)",
@@ -280,7 +286,12 @@ def target_table(table: Table) -> list[str]:
     lines = ["| at | aim | measured | |", "|---|---|---|---|"]
     for target in TARGETS:
         spread = target.compute(table)
-        verdict = "not measured" if spread is None else "reached" if target.is_met(spread) else "**missed**"
+        if spread is None:
+            verdict = "not measured"
+        elif target.is_met is None:
+            verdict = ""
+        else:
+            verdict = "reached" if target.is_met(spread) else "**missed**"
         lines.append(f"| {target.at} | {target.aim} | {show(spread, target.unit)} | {verdict} |")
     return lines
 
