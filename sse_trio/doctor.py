@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 import trio
 
 from sse_trio.jetstream import JetStream
 from sse_trio.limits import FD_RESERVE
 from sse_trio.nats_connection import NatsConnection, open_connection
-from sse_trio.nats_protocol import NatsError
-from sse_trio.server import StartError, bind_socket
+from sse_trio.nats_protocol import NatsError, NoResponders
+from sse_trio.server import StartError, listening
 from sse_trio.settings import Settings
 from sse_trio.subjects import is_subset
 
@@ -34,35 +36,35 @@ class Finding:
 
 
 async def examine(settings: Settings, bind: str) -> list[Finding]:
-    """Every finding; never raises because of what it finds."""
+    """Every finding; never raises because of what it finds. Takes at most `WITHIN` seconds for each NATS server."""
     findings = [_port(bind), _open_files(settings)]
     for url in settings.nats_url:
         with trio.move_on_after(WITHIN) as scope:
             findings += await _nats(settings, url)
         if scope.cancelled_caught:
-            findings.append(Finding("FAIL", "NATS", f"a server did not answer within {WITHIN:g} s"))
+            place = urlsplit(url).netloc.rpartition("@")[2]
+            findings.append(Finding("FAIL", "NATS", f"{place} did not answer within {WITHIN:g} s; see its log"))
     return findings
 
 
 def _port(bind: str) -> Finding:
     try:
-        bind_socket(bind).close()
+        with listening(bind):
+            return Finding("ok", "port", f"{bind} is free")
     except StartError as error:
         return Finding("FAIL", "port", f"{error}; stop what listens there, or choose another with --bind")
-    return Finding("ok", "port", f"{bind} is free")
 
 
 def _open_files(settings: Settings) -> Finding:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.max_connections
-    if hard == resource.RLIM_INFINITY or wanted + FD_RESERVE <= hard:
-        return Finding("ok", "open files", f"{wanted or 'all'} streams fit into the limit")
-    return Finding(
-        "warn",
-        "open files",
-        f"the limit of {hard} allows {max(1, hard - FD_RESERVE)} streams, SSE_MAX_CONNECTIONS is {wanted}: "
-        "raise it (ulimit -n, LimitNOFILE)",
-    )
+    allowed = max(1, limit - FD_RESERVE)
+    if limit == resource.RLIM_INFINITY or 0 < wanted <= allowed:
+        return Finding("ok", "open files", "SSE_MAX_CONNECTIONS fits into the limit")
+    if wanted == 0:
+        return Finding("ok", "open files", f"the limit of {limit} allows {allowed} streams")
+    detail = f"the limit of {limit} allows {allowed} streams, SSE_MAX_CONNECTIONS is {wanted}"
+    return Finding("warn", "open files", f"{detail}; raise it (ulimit -n, LimitNOFILE)")
 
 
 async def _nats(settings: Settings, url: str) -> list[Finding]:
@@ -72,10 +74,8 @@ async def _nats(settings: Settings, url: str) -> list[Finding]:
             found.append(await _may_subscribe(connection, settings.nats_subject))
             for subject in SUBJECTS:
                 if not is_subset(subject, (settings.nats_subject,)):
-                    detail = (
-                        f"{subject} is outside NATS_SUBJECT={settings.nats_subject}: what is shared there is not heard"
-                    )
-                    found.append(Finding("warn", "subjects", detail))
+                    detail = f"{subject} is outside of NATS_SUBJECT={settings.nats_subject}"
+                    found.append(Finding("warn", "subjects", f"{detail}; what agents share there is not heard"))
             if settings.nats_durable != "off":
                 found += await _jetstream(settings, connection)
             return found
@@ -84,7 +84,7 @@ async def _nats(settings: Settings, url: str) -> list[Finding]:
             "unreachable": "start it, or set NATS_URL",
             "auth": "check the user info in NATS_URL, or NATS_CREDS",
             "tls": "check tls:// in NATS_URL, and NATS_CA",
-        }.get(error.reason, "see the server's log")
+        }.get(error.reason, "see its log")
         return [Finding("FAIL", "NATS", f"{error.detail}; {advice}")]
 
 
@@ -97,25 +97,54 @@ async def _may_subscribe(connection: NatsConnection, subject: str) -> Finding:
 
 
 async def _jetstream(settings: Settings, connection: NatsConnection) -> list[Finding]:
-    required = settings.nats_durable == "require"
+    missing: Literal["warn", "FAIL"] = "FAIL" if settings.nats_durable == "require" else "warn"
+    without = "without it clients resume only from the memory of one process"
     stream = JetStream(connection, settings.nats_stream, settings.nats_subject)
     try:
         if not await stream.is_available():
-            detail = "off: clients can resume only from the memory of one process; start nats-server with -js"
-            return [Finding("FAIL" if required else "warn", "JetStream", detail)]
-        found = [Finding("ok", "JetStream", "available")]
-        info = await stream.info()
+            if await _may_not_ask(connection):
+                return [Finding(missing, "JetStream", f"not allowed for this user; allow $JS.API.>: {without}")]
+            return [Finding(missing, "JetStream", f"off; start nats-server with -js: {without}")]
+        return [Finding("ok", "JetStream", "available"), await _stream(settings, connection, stream)]
     except NatsError as error:
         return [Finding("FAIL", "JetStream", f"{error.detail}; allow this user $JS.API.>")]
-    name = settings.nats_stream
+
+
+async def _may_not_ask(connection: NatsConnection) -> bool:
+    try:
+        await connection.request("$JS.API.INFO", b"", within=WITHIN)
+    except NoResponders:
+        return False
+    except NatsError as error:
+        return error.reason == "permissions"
+    return False  # there is JetStream, but not for this account
+
+
+async def _stream(settings: Settings, connection: NatsConnection, stream: JetStream) -> Finding:
+    name, subject = settings.nats_stream, settings.nats_subject
+    info = await stream.info()
     if info is None:
-        return [*found, Finding("ok", "stream", f"{name} is not there yet: the server creates it at its start")]
-    if not is_subset(settings.nats_subject, info.subjects) and info.subjects:
-        detail = f"{name} does not collect all of {settings.nats_subject}, only {', '.join(info.subjects)}"
-        found.append(Finding("FAIL", "stream", f"{detail}; set NATS_STREAM or NATS_SUBJECT"))
-    elif not info.allow_direct:
-        detail = f"{name} has no direct access: resuming reads it slowly; nats stream edit {name} --allow-direct"
-        found.append(Finding("warn", "stream", detail))
-    else:
-        found.append(Finding("ok", "stream", f"{name} holds {info.first} to {info.last}"))
-    return found
+        if others := await _collectors(connection, subject):
+            detail = f"there is no {name}, and {others[0]} collects {subject} already"
+            return Finding("FAIL", "stream", f"{detail}; set NATS_STREAM={others[0]}")
+        return Finding("ok", "stream", f"{name} is not there yet; the server creates it at its start")
+    if info.subjects and not is_subset(subject, info.subjects):
+        some = info.collects(subject)
+        detail = f"{name} collects {', '.join(info.subjects)}, {'not all' if some else 'nothing'} of {subject}"
+        return Finding("warn" if some else "FAIL", "stream", f"{detail}; set NATS_STREAM or NATS_SUBJECT")
+    if (trouble := await stream.trouble()) is not None:
+        return Finding("FAIL", "stream", f"{trouble}; raise its limits")
+    if not info.allow_direct:
+        detail = f"{name} cannot be read directly, so that resuming is slow"
+        return Finding("warn", "stream", f"{detail}; nats stream edit {name} --allow-direct")
+    return Finding("ok", "stream", f"{name} holds {info.first} to {info.last}")
+
+
+async def _collectors(connection: NatsConnection, subject: str) -> list[str]:
+    """The streams that collect some of `subject`."""
+    request = json.dumps({"subject": subject}).encode()
+    answer = await connection.request("$JS.API.STREAM.NAMES", request, within=WITHIN)
+    try:
+        return [str(name) for name in json.loads(answer.payload).get("streams") or []]
+    except (ValueError, AttributeError):
+        return []

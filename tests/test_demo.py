@@ -139,7 +139,7 @@ async def test_a_reader_that_has_stopped_does_not_keep_it(tmp_path: Path) -> Non
 
 async def test_ctrl_c_while_it_starts_leaves_nothing_either(tmp_path: Path) -> None:
     async with demo(tmp_path) as shown:
-        await eventually(lambda: list(shown.temporary.iterdir()), "the nats-server gets its directory")
+        await eventually(lambda: list(shown.temporary.glob("sse-trio-nats-*")), "the nats-server gets its directory")
         shown.ctrl_c()
         assert await shown.ends() == 0
         shown.assert_nothing_left([])
