@@ -12,7 +12,7 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,8 +23,8 @@ import provision
 import pytest
 import trio
 import trustme
+from chromium import run_chromium
 from http2 import Http2Stream
-from playwright.sync_api import sync_playwright
 from support import WITHIN, NatsServer, RawStream, Server, eventually, free_port, payload, run_server
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "proxies.md"
@@ -328,54 +328,6 @@ url => {
 """
 
 
-class Browser:
-    """A real Chromium with one page open, driven from a thread of its own."""
-
-    def __init__(self) -> None:
-        self.send_question, self.questions = trio.open_memory_channel[
-            tuple[Callable[[Any], Any], trio.Event, list[Any]]
-        ](1)
-
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        await trio.to_thread.run_sync(self._run, task_status)
-
-    def _run(self, task_status: trio.TaskStatus[None]) -> None:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=provision.browser(), args=["--no-sandbox"])
-            page = browser.new_context(ignore_https_errors=True).new_page()
-            trio.from_thread.run_sync(task_status.started)
-            try:
-                while True:
-                    question, answered, answer = trio.from_thread.run(self.questions.receive)
-                    answer.append(question(page))
-                    trio.from_thread.run_sync(answered.set)
-            except trio.EndOfChannel:
-                pass  # the test has no more questions
-            finally:
-                browser.close()
-
-    async def ask(self, question: Callable[[Any], Any]) -> Any:
-        answered, answer = trio.Event(), []  # type: ignore[var-annotated]
-        await self.send_question.send((question, answered, answer))
-        await answered.wait()
-        return answer[0]
-
-    async def seen(self) -> dict[str, Any]:
-        return dict(await self.ask(lambda page: page.evaluate("() => window.seen")))
-
-
-@asynccontextmanager
-async def chromium() -> AsyncIterator[Browser]:
-    async with trio.open_nursery() as nursery:
-        browser = Browser()
-        with trio.fail_after(2 * WITHIN):
-            await nursery.start(browser.run)
-        try:
-            yield browser
-        finally:
-            browser.send_question.close()
-
-
 @pytest.mark.parametrize("name", PROXIES)
 async def test_a_browser_behind_the_proxy_lives_through_a_restart_of_the_server_without_loss(
     nats: NatsServer, tmp_path: Path, name: str
@@ -383,34 +335,39 @@ async def test_a_browser_behind_the_proxy_lives_through_a_restart_of_the_server_
     port = free_port()
     quick = {"SSE_RETRY": "200", "SSE_DRAIN_WINDOW": "0"}
 
+    async def seen() -> dict[str, Any]:
+        return dict(await chromium.do(lambda: page.evaluate("() => window.seen")))
+
     async def has_seen(count: int) -> bool:
-        return len((await browser.seen())["events"]) >= count
+        return len((await seen())["events"]) >= count
 
     async def is_open() -> bool:
-        return bool((await browser.seen())["opened"])
+        return bool((await seen())["opened"])
 
-    async with proxy(name, tmp_path / name, port) as front, chromium() as browser:
-        async with run_server(tmp_path, nats_url=nats.url, port=port, env=quick) as first:
-            await eventually(first.is_live, "the feed is live")
-            await browser.ask(lambda page: page.goto(f"{front.url}/livez"))
-            await browser.ask(lambda page: page.evaluate(PAGE, "/discoveries/stream?agent_id=browser"))
-            await eventually(is_open, "the browser is connected")
-            published = []
-            for number in range(5):
-                published.append(time.time())
+    with run_chromium() as chromium:
+        page = await chromium.do(lambda: chromium.browser.new_context(ignore_https_errors=True).new_page())
+        async with proxy(name, tmp_path / name, port) as front:
+            async with run_server(tmp_path, nats_url=nats.url, port=port, env=quick) as first:
+                await eventually(first.is_live, "the feed is live")
+                await chromium.do(lambda: page.goto(f"{front.url}/livez"))
+                await chromium.do(lambda: page.evaluate(PAGE, "/discoveries/stream?agent_id=browser"))
+                await eventually(is_open, "the browser is connected")
+                published = []
+                for number in range(5):
+                    published.append(time.time())
+                    await nats.publish(("discoveries.insights", payload(number)))
+                    await eventually(partial(has_seen, number + 1), "the event is there")
+                first.process.send_signal(signal.SIGTERM)
+                assert await first.exited() == 0
+            for number in range(5, 10):
                 await nats.publish(("discoveries.insights", payload(number)))
-                await eventually(partial(has_seen, number + 1), "the event is there")
-            first.process.send_signal(signal.SIGTERM)
-            assert await first.exited() == 0
-        for number in range(5, 10):
-            await nats.publish(("discoveries.insights", payload(number)))
-        async with run_server(tmp_path, nats_url=nats.url, port=port, env=quick):
-            await eventually(partial(has_seen, 10), "the browser is back and has what it missed", 2 * WITHIN)
-            seen = await browser.seen()
-            await browser.ask(lambda page: page.evaluate("() => window.source.close()"))
-    assert seen["closed"] == 0, "EventSource never gave up"
-    delays = [arrived - sent for sent, (_, arrived) in zip(published, seen["events"], strict=False)]
+            async with run_server(tmp_path, nats_url=nats.url, port=port, env=quick):
+                await eventually(partial(has_seen, 10), "the browser is back and has what it missed", 2 * WITHIN)
+                at_last = await seen()
+                await chromium.do(lambda: page.evaluate("() => window.source.close()"))
+    assert at_last["closed"] == 0, "EventSource never gave up"
+    delays = [arrived - sent for sent, (_, arrived) in zip(published, at_last["events"], strict=False)]
     assert max(delays) < LARGEST_DELAY, delays
     print(f"\n{name} to Chromium: largest delay {max(delays) * 1000:.1f} ms")
-    numbers = [int(cursor.rsplit("-", 1)[1]) for cursor, _ in seen["events"]]
+    numbers = [int(cursor.rsplit("-", 1)[1]) for cursor, _ in at_last["events"]]
     assert numbers == list(range(numbers[0], numbers[0] + 10))
