@@ -172,7 +172,7 @@ def demo(bind: str) -> None:
                     pass  # the page says so; the next one is tried again
                 return discovery.uri
 
-            url = await nursery.start(run_app, app, bound, stop)
+            url = await nursery.start(partial(run_app, app, bound, stop, grace=1.0))  # a person waits
             if not stop.is_set():
                 click.echo(
                     f"The live page:  {url}/\n"

@@ -9,6 +9,7 @@ so do the others, and the exit code says so.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -107,6 +108,19 @@ def listening(bind: str) -> Iterator[socket.socket]:
                     os.unlink(bind.removeprefix("unix:"))
 
 
+class _Errors(logging.Handler):
+    """What Hypercorn says of requests that failed, said our way. Its other lines are ours to say."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.error("a request failed", detail=record.getMessage(), exc_info=record.exc_info)
+
+
+def _errors() -> logging.Logger:
+    logger = logging.Logger("hypercorn", logging.ERROR)
+    logger.addHandler(_Errors())
+    return logger
+
+
 async def run_app(
     app: App,
     bound: socket.socket,
@@ -114,11 +128,13 @@ async def run_app(
     *,
     certfile: str | None = None,
     keyfile: str | None = None,
+    grace: float = GRACE,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` on a listening socket until `stop`, then drain. Starts (`task_status`) with the URL it serves.
 
-    A `stop` that comes during start-up ends that at once. The socket is closed in any case.
+    A `stop` that comes during start-up ends that at once. Requests that are under way have `grace` seconds to end. The
+    socket is closed in any case.
 
     Raises:
         LifespanFailureError: start-up failed, or a task of the application did.
@@ -127,9 +143,9 @@ async def run_app(
     with bound:
         url = url_of(bound, "https" if certfile else "http")
         config = Config()
-        config.graceful_timeout = GRACE
+        config.graceful_timeout = grace
         config.certfile, config.keyfile = certfile, keyfile
-        config.errorlog = None
+        config.errorlog = _errors()
         try:
             config.create_ssl_context()
         except (OSError, ValueError) as error:
