@@ -4,10 +4,10 @@
 
 import { Contents } from "./contents.js";
 import { parseUri, passes } from "./discovery.js";
+import { factsOf, hue, icon, quoted, shortened, showTime } from "./row.js";
 
 export const MAX_ROWS = 500;
 const SHARE = 4; // putting rows in takes at most one part in so many of the tab's time
-const SHORT = 1000; // characters of a content that a folded row holds
 
 const REASONS = {
   overflow: "this page was too slow to take them",
@@ -15,55 +15,6 @@ const REASONS = {
   restart: "the server started anew and cannot tell what came in between",
   upstream: "the server had lost its own feed",
 };
-
-const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
-const calendar = new Intl.DateTimeFormat(undefined, { dateStyle: "medium" });
-const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
-
-function showTime(element, date) {
-  if (Number.isNaN(date.getTime())) {
-    element.textContent = "–";
-    return;
-  }
-  element.dateTime = date.toISOString();
-  element.title = exact.format(date);
-  element.textContent = clock.format(date);
-  if (date.toDateString() !== new Date().toDateString()) {
-    const day = document.createElement("span");
-    day.textContent = calendar.format(date);
-    element.append(day);
-  }
-}
-
-/** The beginning of a text, never half a character. */
-function shortened(text) {
-  if (text.length <= SHORT) return text;
-  const cut = /[\uD800-\uDBFF]/.test(text[SHORT - 1]) ? SHORT - 1 : SHORT;
-  return `${text.slice(0, cut)}…`;
-}
-
-/** One colour for an agent, the same on every page. */
-function hue(name) {
-  let hash = 2166136261; // FNV-1a
-  for (const character of name) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
-  return (hash >>> 0) % 360;
-}
-
-function icon(name) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  svg.setAttribute("class", "icon");
-  svg.setAttribute("aria-hidden", "true");
-  use.setAttribute("href", `#icon-${name}`);
-  svg.append(use);
-  return svg;
-}
-
-function quoted(text) {
-  const bdi = document.createElement("bdi");
-  bdi.textContent = text;
-  return bdi;
-}
 
 export class Table {
   #body;
@@ -418,47 +369,6 @@ export class Table {
     row.querySelector(".more").setAttribute("aria-expanded", String(isOpen));
     row.querySelector(".facts")?.remove();
     if (discovery) row.querySelector(".text").textContent = isOpen ? discovery.content : shortened(discovery.content);
-    if (isOpen) row.querySelector(".content").append(this.#factsOf(item));
-  }
-
-  #factsOf(item) {
-    const [facts, list] = [document.createElement("div"), document.createElement("dl")];
-    facts.className = "facts";
-    const inColumns = new Set(["agent_id", "agent_role", "discovery_type", "content", "confidence", "timestamp", "related_to"]);
-    const more = Object.entries(item.discovery ?? {}).filter(([name]) => !inColumns.has(name));
-    const known = [
-      ["Resource", item.uri],
-      ["Event id", item.id],
-      ["Timestamp", item.discovery?.timestamp],
-      ["Confidence", item.discovery?.confidence],
-      ["Related to", item.discovery?.related_to],
-      ...more.map(([name, value]) => [name, typeof value === "string" ? value : JSON.stringify(value)]),
-    ];
-    for (const [name, value] of known) {
-      if (value === undefined || value === null) continue;
-      const [term, description] = [document.createElement("dt"), document.createElement("dd")];
-      term.textContent = name;
-      description.dir = "auto";
-      description.textContent = String(value);
-      list.append(term, description);
-    }
-    const buttons = document.createElement("div");
-    buttons.className = "buttons";
-    const relate = document.createElement("button");
-    relate.type = "button";
-    relate.className = "button relate";
-    relate.textContent = "Share a related one";
-    buttons.append(relate);
-    if (item.path) {
-      const raw = document.createElement("a");
-      raw.className = "button";
-      raw.href = `${item.path}?${new URLSearchParams({ event_id: item.id })}`;
-      raw.target = "_blank";
-      raw.rel = "noreferrer";
-      raw.textContent = "Open as JSON";
-      buttons.append(raw);
-    }
-    facts.append(list, buttons);
-    return facts;
+    if (isOpen) row.querySelector(".content").append(factsOf(item));
   }
 }
