@@ -95,10 +95,17 @@ class _HypercornConnection(Connection):
 
         self._http.app_put = hear
         _drain(receive)
+        if self._http.config.log.access_logger is None:
+            self._http.scope["headers"] = []  # nothing else looks at them again, and a browser's are 1 to 2 KB
         if self._http.closed:  # it said so to the queue
             scope.cancel()
         with scope:
             await respond(self)
+
+    async def start(self, status: int, headers: Headers) -> None:
+        await super().start(status, headers)
+        if self._http.config.log.access_logger is None:
+            self._http.response["headers"] = []  # as above
 
     async def _ready(self) -> None:
         """Wait until a message can be taken, so that little waiting is left for the shield."""

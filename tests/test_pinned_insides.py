@@ -73,6 +73,9 @@ async def test_the_walk_down_from_send_to_the_socket_over_http_1_1() -> None:
     assert http.context is server.context, "the worker's context"
     assert http.closed is True, "closed says that the peer is gone"
     assert type(http.state) is hypercorn.protocol.http_stream.ASGIHTTPState, "state says how far the response has come"
+    assert http.config.log.access_logger is None, "the only one that looks at the headers of scope and response again"
+    assert http.scope["headers"] == []
+    assert http.response["headers"] == []
     assert callable(http.app_put), "app_put is how Hypercorn's reader tells the app of what came"
     assert type(protocol.task_group) is TaskGroup
     assert isinstance(protocol.connection, h11.Connection)
