@@ -21,6 +21,7 @@ import jwt
 import structlog
 import trio
 
+from sse_trio.addresses import is_loopback_host
 from sse_trio.settings import SettingsError
 
 __all__ = ["ALGORITHMS", "Key", "KeySet", "KeySourceError", "parse_keys"]
@@ -69,7 +70,7 @@ def parse_keys(document: bytes) -> tuple[Key, ...]:
         raise KeySourceError(f"its keys are not a list of at most {MAX_KEYS}")
     usable = tuple(key for key in map(_usable, keys) if key is not None)
     if len(usable) < len(keys):
-        log.warning("jwks_keys_ignored", ignored=len(keys) - len(usable), usable=len(usable))
+        log.warning("keys ignored", ignored=len(keys) - len(usable), usable=len(usable))
     return usable
 
 
@@ -129,6 +130,10 @@ class KeySet:
         self._running = False
         # A file system that hangs costs one thread, not one at every attempt.
         self._limiter = trio.CapacityLimiter(1)
+        if parts.scheme == "http" and not is_loopback_host(parts.netloc.rpartition("@")[2]):
+            log.warning(
+                "keys come unprotected", source=self.name, hint="whoever is in between can make tokens: use https"
+            )
         if self._url is None:
             try:
                 self.keys = parse_keys(self._read_file())
@@ -186,11 +191,11 @@ class KeySet:
             if not self._failing:
                 self._failing = True
                 reason = str(error) or f"no answer within {FETCH_TIMEOUT:g} s"
-                log.warning("jwks_unavailable", source=self.name, reason=reason, keys_kept=len(self.keys or ()))
+                log.warning("keys unavailable", source=self.name, reason=reason, keys_kept=len(self.keys or ()))
         else:
             if self._failing:
                 self._failing = False
-                log.info("jwks_available", source=self.name, keys=len(self.keys))
+                log.info("keys available", source=self.name, keys=len(self.keys))
         self._last_fetch = trio.current_time()
         self._asked = trio.Event()
         fetched, self._fetched = self._fetched, trio.Event()

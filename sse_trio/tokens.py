@@ -116,7 +116,7 @@ class Tokens:
                 raise SettingsError("SSE_JWT_SECRET: this is a key in PEM form; put public keys into SSE_JWT_JWKS")
             if len(secret) < 32:
                 log.warning(
-                    "jwt_secret_is_short",
+                    "secret is short",
                     bytes=len(secret),
                     hint="HS256 wants 32 random bytes (RFC 7518, 3.2)",
                 )

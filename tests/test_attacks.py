@@ -485,6 +485,9 @@ async def test_what_a_token_may_not_hear_is_not_delivered_not_replayed_not_liste
         assert status == 200
         assert b"ours" in body
         assert b"theirs" not in body
+        nobody = bearer(token(agent_ids=["*"]))
+        _, _, body = await request(server.port, "GET", "/discoveries?limit=500", headers=nobody)
+        assert json.loads(body)["discoveries"] == [], "a token that names no subjects hears nothing"
         _, _, body = await request(server.port, "GET", "/discoveries?limit=500", headers=bearer(TEAM_B))
         uri = next(found["uri"] for found in json.loads(body)["discoveries"])
         event_id = next(found["id"] for found in json.loads(body)["discoveries"])

@@ -243,6 +243,25 @@ def test_a_file_that_cannot_be_used_is_an_error_at_start(tmp_path: Path) -> None
         KeySet(str(tmp_path / "huge.json"))
 
 
+@pytest.mark.parametrize(
+    ("source", "warned"),
+    [
+        ("http://issuer.example/keys", True),
+        ("http://user:hidden@issuer.example:80/keys?a=hidden", True),
+        ("https://issuer.example/keys", False),
+        ("http://127.0.0.1:9/keys", False),
+        ("http://user:hidden@localhost/keys", False),
+    ],
+)
+def test_keys_from_afar_without_tls_are_warned_of(
+    source: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    KeySet(source)
+    said = capsys.readouterr().out
+    assert ("keys come unprotected" in said) is warned
+    assert "hidden" not in said
+
+
 async def test_a_file_is_read_again_and_a_broken_one_changes_nothing(
     tmp_path: Path, mock_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +274,7 @@ async def test_a_file_is_read_again_and_a_broken_one_changes_nothing(
         assert keys.find("rsa-1", "RS256") is None, "what was withdrawn stops working"
         file.write_bytes(b"half a fi")
         mock_clock.jump(REFRESH_INTERVAL)
-        await soon(lambda: "jwks_unavailable" in capsys.readouterr().out, "the outage is logged")
+        await soon(lambda: "keys unavailable" in capsys.readouterr().out, "the outage is logged")
         assert keys.find("ec-1", "ES256")
 
 
@@ -276,8 +295,8 @@ async def test_keys_are_fetched_from_a_url_and_kept_through_an_outage_that_is_lo
         await soon(lambda: keys.find("ec-1", "ES256"), "the source is back")
         assert keys.find("rsa-1", "RS256") is None
     said = capsys.readouterr().out
-    assert said.count("jwks_unavailable") == 1
-    assert said.count("jwks_available") == 1
+    assert said.count("keys unavailable") == 1
+    assert said.count("keys available") == 1
     assert "it answered 500" in said
     assert "hidden" not in said
 
@@ -301,7 +320,7 @@ async def test_a_source_that_says_something_else_changes_nothing(
         mock_clock.jump(REFRESH_INTERVAL)
         said = StringIO()
         await soon(
-            lambda: said.write(capsys.readouterr().out) >= 0 and "jwks_unavailable" in said.getvalue(), "it is logged"
+            lambda: said.write(capsys.readouterr().out) >= 0 and "keys unavailable" in said.getvalue(), "it is logged"
         )
         assert reason in said.getvalue()
         assert "hidden" not in said.getvalue()

@@ -327,7 +327,7 @@ async def test_an_address_of_keys_in_the_header_is_not_looked_at() -> None:
 def test_a_short_secret_works_and_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     tokens(SECRET="secret")
     said = capsys.readouterr()
-    assert "jwt_secret_is_short" in said.out + said.err
+    assert "secret is short" in said.out + said.err
     assert "'secret'" not in said.out + said.err
 
 
