@@ -249,15 +249,15 @@ class Broadcaster:
         Synchronous from the first line to the last: cancellation has nowhere to land in it. Without a `cursor` the
         client is live at once (as soon as the feed is); with one, see `resolve`.
         """
+        audience = self._audiences.get(filter)
+        if audience is None:
+            audience = self._audiences[filter] = Audience(filter)
         client = Client(
-            agent_id, filter, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
+            agent_id, audience.filter, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
         )
         client.lagging_on_history = self.durable or self.settings.history > 0
         client.wrote_at = trio.current_time()
         client.cursor = cursor
-        audience = self._audiences.get(filter)
-        if audience is None:
-            audience = self._audiences[filter] = Audience(filter)
         audience.clients[client] = None
         self.clients[client.id] = client
         self.connects += 1

@@ -123,6 +123,7 @@ class Client:
         "due",
         "ending",
         "filter",
+        "gone",
         "high_water",
         "id",
         "lagging_on_history",
@@ -136,7 +137,6 @@ class Client:
         "position",
         "receive_channel",
         "resumed",
-        "scope",
         "send_channel",
         "sent",
         "told",
@@ -152,7 +152,8 @@ class Client:
         self.connected_at = datetime.now(UTC)
         self.overflow = overflow
         self.send_channel, self.receive_channel = trio.open_memory_channel[Frame | None](capacity)
-        self.scope = trio.CancelScope()
+        self.gone = False
+        """Whether the publisher found the peer gone."""
         self.ending: sse.GoodbyeReason | None = None
 
         self.live = False
@@ -257,9 +258,10 @@ class Client:
             self.wake()
 
     def disconnect(self) -> None:
-        """The peer is gone: end the stream without a word."""
+        """The peer is gone: have the stream end without a word."""
         self.live = False
-        self.scope.cancel()
+        self.gone = True
+        self.wake()
 
     # -- the task's side ---------------------------------------------------------------------------------------------
 

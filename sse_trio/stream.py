@@ -159,10 +159,7 @@ class EventStream(ConnectionResponse):
                 request_id=self.request_id,
             )
             try:
-                with client.scope:
-                    reason = await self._serve(client, connection)
-                if client.scope.cancelled_caught:
-                    reason = "broken"
+                reason = await self._serve(client, connection)
             except trio.BrokenResourceError:
                 reason = "stalled" if connection.stalled else "broken"
             except (trio.Cancelled, GeneratorExit):
@@ -198,12 +195,15 @@ class EventStream(ConnectionResponse):
             hello = partial(sse.connected, id=id, resumed=client.resumed)
         first = hello(self.agent_id, client.id, retry=jittered(self.settings.retry))
         await connection.start(200, encode_headers(self.headers))
+        # What is kept here is kept for as long as the stream lasts, ten thousand times.
+        self.headers.clear()
+        self.filter = client.filter
         await connection.write(first)
         client.wrote_at = trio.current_time()
         if connection.can_write_now:
             client.writer = connection
 
-        while True:
+        while not client.gone:
             if connection.has_rest:
                 await connection.write_rest()
                 client.wrote_at = trio.current_time()
@@ -219,6 +219,7 @@ class EventStream(ConnectionResponse):
                 continue
             elif not await self._park(client, connection, ends_at, ends_as):
                 return "spoke early"
+        return "broken"
 
     def _end_of_life(self) -> tuple[float, sse.GoodbyeReason]:
         """When the stream ends by itself at the latest (inf: never), and what its goodbye says then."""
