@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import structlog
@@ -32,6 +32,9 @@ __all__ = ["FeedCounters", "FeedError", "FeedStatus", "NatsFeed"]
 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
 """Seconds before the next try: doubled each time from the first to the last, less a random part of up to a half."""
+
+STEADY = timedelta(seconds=1)
+"""A feed that was live for less than this goes on with the longer delays of before."""
 
 WATCH_INTERVAL = 5.0
 """Seconds between two looks at whether the stream still takes what is published."""
@@ -102,7 +105,7 @@ class NatsFeed:
                     ) as connection:
                         await self._feed(connection)
                 except NatsError as error:
-                    if self.status.live:
+                    if self.status.live and datetime.now(UTC) - self.status.since >= STEADY:
                         delays.reset()
                     self._down(error)
                 await trio.sleep(delays.next())
@@ -174,6 +177,10 @@ class NatsFeed:
             # away, and a consumer of the wrong one would wait in silence.
             info = await self._open_stream(stream)
             consumer = self.consumer = await stream.consume(self.broadcaster.head + 1)
+            now = await stream.info()
+            if now is None or now.epoch != info.epoch:
+                stream.forget(consumer)  # replaced between the two requests
+                continue
             self.backlog.open(stream, info.epoch, nursery)
             try:
                 await self._consume(stream, consumer, info)

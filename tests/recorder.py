@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import trio
@@ -137,6 +138,15 @@ async def down(feed: NatsFeed, reason: str, within: float = WITHIN) -> None:
     await eventually(
         lambda: not feed.status.live and feed.status.reason == reason, f"down for {reason}; it is {feed.status}", within
     )
+
+
+@asynccontextmanager
+async def fake_server(serve: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[str]:
+    """The URL of a server that treats each connection with `serve`."""
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        yield f"nats://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager

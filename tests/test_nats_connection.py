@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import pytest
 import trio
 import trio_asyncio
 import trustme
+from recorder import fake_server
 from support import WITHIN, NatsServer, eventually, fail_within, nats_server
 
 from sse_trio import nats_client
@@ -41,17 +41,6 @@ SILENCE = 0.1
 """Ping interval where a test waits for a frozen server to be noticed."""
 
 INFO = b'INFO {"server_id":"x","version":"2.15.1","max_payload":1048576,"headers":true}\r\n'
-
-Serve = Callable[[trio.SocketStream], Awaitable[None]]
-
-
-@asynccontextmanager
-async def fake_server(serve: Serve) -> AsyncIterator[str]:
-    """The URL of a server that treats each connection with `serve`."""
-    async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
-        yield f"nats://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
-        nursery.cancel_scope.cancel()
 
 
 async def refusal(url: str, **options: Any) -> NatsError:

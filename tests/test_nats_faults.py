@@ -10,16 +10,18 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import structlog.testing
 import trio
 import trio.lowlevel
-from recorder import Recorder, down, live, operator, running
+from recorder import Recorder, down, fake_server, live, operator, running
 from support import WITHIN, NatsServer, eventually, fail_within, free_port, nats_server, payload
 
 from sse_trio import consumer, nats_feed
+from sse_trio.jetstream import JetStream
 from sse_trio.nats_connection import NatsError, open_connection
 
 
@@ -145,6 +147,28 @@ async def test_rejected_credentials_are_said_without_them_and_tried_again(tmp_pa
                 await live(feed)
     assert [line.get("reason") for line in lines if line["event"] == "feed down"][:1] == ["auth"]
     assert "s3cret" not in repr(lines)
+
+
+async def test_a_server_that_hangs_up_at_once_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nats_feed, "LAST_DELAY", 0.8)
+    connections: list[float] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        connections.append(trio.current_time())
+        await stream.send_all(b'INFO {"version":"2.15.1","max_payload":1048576,"headers":true}\r\n')
+        pings = 0
+        async for data in stream:
+            pings += data.count(b"PING\r\n")
+            await stream.send_all(b"PONG\r\n" * data.count(b"PING\r\n"))
+            if pings > 2:  # the greeting's, the first flush, the subscription
+                return
+
+    async with fake_server(serve) as url, running(url, nats_durable="off") as (feed, recorder):
+        await eventually(lambda: len(connections) >= 7, "seven connections")
+        assert len(recorder.gaps) >= 5
+        pauses = [later - sooner for sooner, later in pairwise(connections)]
+        assert min(pauses[4:]) >= 0.4
+        assert feed.status.reason == "unreachable" or feed.status.live
 
 
 async def test_a_subject_that_may_not_be_subscribed_is_said_to_be_the_cause(tmp_path: Path) -> None:
@@ -346,6 +370,32 @@ async def test_a_stream_that_somebody_replaced_is_heard_from_its_beginning(nats:
         assert recorder.sequences == [1, 2, 3, 100, 101]
         page = await feed.read(99)
         assert [frame.id for frame in page.frames] == [f"{recorder.epoch}-100", f"{recorder.epoch}-101"]
+
+
+async def test_a_stream_that_is_replaced_while_the_consumer_is_made_is_noticed(
+    nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The consumer would wait for the old stream's next number in the new one: in silence, and with heartbeats.
+    consume = JetStream.consume
+    async with operator(nats) as others:
+        await others.create_stream()
+        await others.share(*range(1, 101))
+        replaced: list[int] = []
+
+        async def too_late(self: JetStream, start: int) -> consumer.Consumer:
+            if not replaced:
+                replaced.append(start)
+                await others.api("STREAM.DELETE.DISCOVERIES")
+                await others.create_stream()
+            return await consume(self, start)
+
+        monkeypatch.setattr(JetStream, "consume", too_late)
+        async with running(nats) as (feed, recorder):
+            await live(feed)
+            await others.share(1, 2)
+            await recorder.hears(2)
+            assert recorder.sequences == [1, 2]
+            assert replaced == [1]
 
 
 async def test_a_purge_takes_nothing_from_a_feed_that_was_up_to_date(nats: NatsServer) -> None:
