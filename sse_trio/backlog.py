@@ -48,6 +48,9 @@ READS_AT_ONCE = 4
 DECODED_AT_ONCE = 100
 """Messages that are decoded before other tasks may run."""
 
+ENDS = frozenset({"unreachable", "frozen", "closed"})
+"""Reasons of a dead connection, of which the feed tells."""
+
 WIDEST = 64 * PAGE
 """Sequences that are looked through in one step back, when the stream holds mostly other subjects."""
 
@@ -101,6 +104,8 @@ class _Opened:
         self.epoch = epoch
         self.nursery = nursery
         self.reads: dict[int, _Read] = {}
+        self.said: set[str] = set()
+        """The reasons for which reads have failed, which the log has named."""
 
 
 class Backlog:
@@ -280,6 +285,9 @@ class Backlog:
             if error.reason == "permissions" and opened.source.direct:
                 opened.source.direct = False
                 log.warning("stream cannot be read directly", detail=error.detail)
+            elif error.reason not in ENDS and error.reason not in opened.said:
+                opened.said.add(error.reason)
+                log.warning("stream cannot be read", reason=error.reason, detail=error.detail)
         finally:
             del opened.reads[start]
             read.done.set()
@@ -288,11 +296,6 @@ class Backlog:
         self.counters.stream_reads += 1
         head = self._head()
         stored, at_end = await opened.source.read(start + 1, PAGE)
-        if stored and stored[-1][0] > start + len(stored):
-            # Retention may have taken what is missing, even while this was read: whoever asks from now on must not get
-            # bounds that are older than this page.
-            self._holes += 1
-            self._bounds_until = -1.0
         frames = []
         size = 0
         for count, message in enumerate(stored, 1):
@@ -303,9 +306,14 @@ class Backlog:
                 await trio.lowlevel.checkpoint()
         last = stored[-1][0] if stored else start
         if at_end:
-            return Page(frames, await self._end(opened, last, head))
+            last = await self._end(opened, last, head)
+        if last > start + len(stored):
+            # Retention may have taken what is missing, even while this was read: whoever asks from now on must not get
+            # bounds that are older than this page.
+            self._holes += 1
+            self._bounds_until = -1.0
         page = Page(frames, last)
-        if opened is self._opened:
+        if opened is self._opened and not at_end and start not in self._pages:
             self._keep(start, page, size)
         return page
 

@@ -225,15 +225,19 @@ async def test_failures_are_tried_again_and_bounds_are_unknown_meanwhile(
 ) -> None:
     stream = FakeStream(range(1, 11))
     async with reading(stream) as (backlog, _):
-        for wanted in (
-            lambda: backlog.read(0),
-            lambda: backlog.get(1),
-            lambda: backlog.first_at(datetime.now(UTC)),
-            lambda: backlog.read_before(11),
-        ):
-            stream.failures = [NatsError("timeout", "no answer"), NatsError("stream", "no leader")]
-            assert await wanted()
-            assert stream.failures == []
+        with structlog.testing.capture_logs() as lines:
+            for wanted in (
+                lambda: backlog.read(0),
+                lambda: backlog.get(1),
+                lambda: backlog.first_at(datetime.now(UTC)),
+                lambda: backlog.read_before(11),
+                lambda: backlog.read(0),
+            ):
+                stream.failures = [NatsError(reason, "no") for reason in ("timeout", "stream", "unreachable")]
+                assert await wanted()
+                assert stream.failures == []
+        # Who reads must not wait in silence; but of a dead connection the feed tells.
+        assert [line["reason"] for line in lines] == ["timeout", "stream"]
         backlog.forget()
     async with reading(stream) as (backlog, _):
         stream.failures = [NatsError("timeout", "no answer")]
@@ -330,13 +334,17 @@ async def test_after_a_page_with_a_hole_bounds_are_fresh(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = FakeStream(range(1, 1001))
-    async with reading(stream) as (backlog, _):
+    async with reading(stream, head=1000) as (backlog, _):
         assert await backlog.bounds() == (1, 1000)
         stream.messages = {number: data for number, data in stream.messages.items() if number > 300}
         stream.first = 301
         page = await backlog.read(0)
         assert page.frames[0].sequence == 301
         assert await backlog.bounds() == (301, 1000)
+        # The same when nothing is left, so that there is no message behind the hole.
+        stream.messages, stream.first = {}, 1001
+        assert await backlog.read(900) == Page([], 1000)
+        assert await backlog.bounds() == (1001, 0)
         # The same when the bounds are just being asked for while a page with a hole comes.
         await trio.sleep(2)
         asked = FakeStream.info
@@ -350,10 +358,9 @@ async def test_after_a_page_with_a_hole_bounds_are_fresh(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backlog.bounds)
             await trio.sleep(0.5)
-            stream.messages = {number: data for number, data in stream.messages.items() if number > 700}
-            stream.first = 701
-            assert (await backlog.read(500)).frames[0].sequence == 701
-            assert await backlog.bounds() == (701, 1000)
+            stream.messages, stream.first = {1500: payload(1500)}, 1500
+            assert (await backlog.read(1000)).frames[0].sequence == 1500
+            assert await backlog.bounds() == (1500, 1500)
 
 
 async def test_pages_are_kept_within_bounds_and_the_least_wanted_go_first(
