@@ -252,8 +252,9 @@ class Broadcaster:
         audience = self._audiences.get(filter)
         if audience is None:
             audience = self._audiences[filter] = Audience(filter)
+        filter = audience.filter  # one for all of them
         client = Client(
-            agent_id, audience.filter, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
+            agent_id, filter, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
         )
         client.lagging_on_history = self.durable or self.settings.history > 0
         client.wrote_at = trio.current_time()
