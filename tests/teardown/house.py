@@ -42,6 +42,24 @@ PIECE = 8000
 """Bytes of content in each of the discoveries that fill buffers."""
 
 
+COUNTING = """
+import sse_trio.application
+import trio
+
+begin = sse_trio.application.App.__init__
+
+def counting(self, *args, **options):
+    begin(self, *args, **options)
+
+    @self.get("/tasks")
+    async def tasks():
+        return {"tasks": trio.lowlevel.current_statistics().tasks_living}
+
+sse_trio.application.App.__init__ = counting
+"""
+"""What a server imports first, as `sitecustomize`, to tell how many tasks it has."""
+
+
 def command_of(name: str, bind: str, options: tuple[str, ...] = ()) -> list[str]:
     if name == "hypercorn":
         return [str(BIN / "hypercorn"), "sse_trio.app:app", "--worker-class", "trio", "-b", bind, *options]
@@ -93,6 +111,12 @@ class House:
         """The process that serves."""
         _, answer = await self.server.get("/clients")
         return int(answer["instance"].rsplit("-", 2)[1])
+
+    async def tasks(self) -> int:
+        """The tasks of the process that serves, this request's included; see `COUNTING`."""
+        status, answer = await self.server.get("/tasks")
+        assert status == 200
+        return int(answer["tasks"])
 
     def reason(self, agent_id: str) -> str:
         """Why the server says that this agent's stream ended."""
@@ -166,6 +190,8 @@ def house(
     if secure:
         chain = serving.certificate(directory)
         options = (*options, "--certfile", chain, "--keyfile", chain)
+    (directory / "sitecustomize.py").write_text(COUNTING)
+    path = [str(directory), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     nats = NatsServer(directory / "nats", jetstream=False)
     port = free_port()
     log = directory / "server.log"
@@ -175,7 +201,7 @@ def house(
         with log.open("ab") as output:
             process = subprocess.Popen(
                 command_of(command, f"0.0.0.0:{port}", options),
-                env=environment(nats.url, env or {}),
+                env=environment(nats.url, {"PYTHONPATH": os.pathsep.join(filter(None, path))} | dict(env or {})),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -204,6 +230,15 @@ def note(case: str, seconds: float, bound: float, server: str = "") -> None:
                 json.dumps({"case": case, "server": server, "seconds": round(seconds, 2), "bound": bound}) + "\n"
             )
     assert seconds <= bound + SLACK, f"{case}: {seconds:.2f} s, where {bound:g} s are promised"
+
+
+def report(case: str, server: str, **figures: float) -> None:
+    """Keep figures that are no times."""
+    if path := os.environ.get("TEARDOWN_TIMES"):
+        with open(path, "a") as file:
+            file.write(
+                json.dumps({"case": case, "server": server} | {k: round(v, 1) for k, v in figures.items()}) + "\n"
+            )
 
 
 def is_full(stream: RawStream) -> bool:
