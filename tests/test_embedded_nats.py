@@ -199,7 +199,7 @@ async def test_a_child_dies_when_its_parent_is_killed() -> None:
 
 
 async def test_a_child_is_not_started_for_a_parent_that_is_gone_already(temporary: Path) -> None:
-    program = child.LAUNCHER.format(signal=int(signal.SIGTERM), parent=os.getpid() + 1)
+    program = child.LAUNCHER.format(terminal=[], signal=int(signal.SIGTERM), parent=os.getpid() + 1)
     proof = temporary / "proof"
     done = subprocess.run([sys.executable, "-c", program, "/bin/touch", str(proof)], timeout=WITHIN)
     assert done.returncode == 1
@@ -224,12 +224,48 @@ async def test_a_child_that_does_not_heed_sigterm_is_killed(temporary: Path) -> 
     await child.end(process, 0)  # an end that has come is no error
 
 
-async def test_elsewhere_than_on_linux_a_child_is_an_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    process = child.spawn([sys.executable, "-c", "import os; print(os.environ['NAME'])"], env={"NAME": "x"}, stdout=-1)
+async def test_a_child_gets_what_it_is_given() -> None:
+    program = "import os; print(os.environ['NAME'], len(os.environ) < 5)"
+    process = child.spawn([sys.executable, "-I", "-c", program], env={"NAME": "x"}, stdout=subprocess.PIPE)
     with process:
         assert process.stdout is not None
-        assert process.stdout.read() == b"x\n"
+        assert process.stdout.read() == b"x True\n"
+
+
+async def test_a_signal_of_the_terminal_that_comes_before_the_session_does_not_end_a_child(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = temporary / "ready"
+    struck = a_program(temporary, f'kill -INT $$; kill -HUP $$; exec {sys.executable} "$@"')
+    monkeypatch.setattr(sys, "executable", str(struck))
+    process = child.spawn(["/bin/sh", "-c", f"touch {ready}; exec sleep 1000"])
+    try:
+        await eventually(lambda: ready.exists() or process.poll() is not None, "it runs")
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        await eventually(lambda: process.poll() is not None, "a later one is its own affair again")
+    finally:
+        await child.end(process, WITHIN)  # noqa: ASYNC102  # it shields itself, with a deadline
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_signal_of_the_terminal_that_comes_meanwhile_reaches_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    popen = subprocess.Popen
+
+    def struck(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard == []
+        process: subprocess.Popen[bytes] = popen(*args, **options)
+        return process
+
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    monkeypatch.setattr(subprocess, "Popen", struck)
+    try:
+        with child.spawn(["/bin/true"]):
+            assert heard == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------
