@@ -88,7 +88,7 @@ async def source(*keys: dict[str, Any]) -> AsyncIterator[Source]:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listeners[0].socket.getsockname()[1]
         served = Source(f"http://user:hidden@127.0.0.1:{port}/keys?key=hidden", document(*keys))
-        nursery.start_soon(trio.serve_listeners, served.serve, listeners)
+        await nursery.start(trio.serve_listeners, served.serve, listeners)
         yield served
         nursery.cancel_scope.cancel()
 
