@@ -78,7 +78,7 @@ class Connection:
             await self._guarded(message)
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the response.
+        """Send the head of the response. It may wait for the first `write`, `write_rest` or `finish`, and go with it.
 
         Raises:
             PeerGone: the peer is gone.

@@ -109,12 +109,25 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
     was cut off for taking nothing.
     """
 
-    __slots__ = ("_acked", "_eof", "_look_at", "_moved_at", "_sending", "_watched", "_written", "stalled", "stream")
+    __slots__ = (
+        "_acked",
+        "_eof",
+        "_look_at",
+        "_moved_at",
+        "_sending",
+        "_watched",
+        "_written",
+        "held",
+        "stalled",
+        "stream",
+    )
 
     def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
         super().__init__(timeout, stopping)
         self.stream = stream
         self.stalled = False
+        self.held: bytearray | None = None
+        """Where it is not None, what is sent collects here, for the holder to write."""
         self._sending = False
         self._eof = False
         self._written = 0
@@ -212,7 +225,11 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         self._sending = True
         try:
             await trio.lowlevel.checkpoint()
-            self.send_now(b"")  # raises on a closed stream, also when there is nothing to send
+            if self.socket.fileno() < 0 or self._eof:
+                raise trio.ClosedResourceError("the stream was closed")
+            if self.held is not None:
+                self.held += data
+                return
             with memoryview(data) as view:
                 sent = 0
                 while sent < len(view):

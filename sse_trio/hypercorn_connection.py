@@ -138,11 +138,23 @@ class _H11Connection(_HypercornConnection):
         super().__init__(scope, send, http, transport)
         self._protocol = protocol
         self._chunked = False
-        """Whether the head is sent and the body is ours to write, in chunks, to the socket."""
+        """Whether the head is made and the body is ours to write, in chunks, to the socket."""
 
     async def start(self, status: int, headers: Headers) -> None:
-        await super().start(status, headers)
-        self._chunked = not self.is_tls and _is_chunked(self._protocol.connection)
+        if self.is_tls:
+            await super().start(status, headers)
+            return
+        # Hypercorn would write the head by itself. It is kept, to go out with the first chunk: one packet less.
+        self._transport.held = held = bytearray()
+        try:
+            await super().start(status, headers)
+        finally:
+            self._transport.held = None
+        self._rest = bytes(held)
+        self._chunked = _is_chunked(self._protocol.connection)
+        if not self._chunked:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + BACKSTOP * self.timeout):
+                await self._write_past_h11()
 
     async def write(self, payload: bytes) -> None:
         await super().write(chunk(payload) if self._chunked and payload else payload)
@@ -151,6 +163,9 @@ class _H11Connection(_HypercornConnection):
         if not self._chunked:
             await super().write_rest()
             return
+        await self._write_past_h11()
+
+    async def _write_past_h11(self) -> None:
         await trio.lowlevel.checkpoint()
         try:
             while self._rest is not None:

@@ -57,6 +57,7 @@ class Scripted(ConnectionResponse):
 
     async def respond(self, connection: Connection) -> None:
         await connection.start(200, encode_headers(self.headers))
+        await connection.write_rest()
         await self.script(connection)
 
 
@@ -114,6 +115,7 @@ def authority() -> trustme.CA:
 async def serving(
     script: Script | None = None,
     *,
+    response: type[ConnectionResponse] | None = None,
     tls: str | Literal[False] = False,
     timeout: float = TIMEOUT,
     graceful: float = 30.0,
@@ -132,6 +134,8 @@ async def serving(
 
     @app.get("/stream")
     async def stream() -> Response:
+        if response is not None:
+            return response()
         assert script is not None
         return Scripted(script)
 

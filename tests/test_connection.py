@@ -30,7 +30,7 @@ from serving import (
 from support import WITHIN, eventually, fail_within
 
 from sse_trio.asgi import ASGIConnection, _bounded
-from sse_trio.connection import Connection
+from sse_trio.connection import Connection, ConnectionResponse
 from sse_trio.hypercorn_connection import chunk
 
 
@@ -65,6 +65,29 @@ async def test_a_stream_over_http_1_1_is_written_in_chunks_and_ends_with_the_las
         assert dechunker.chunks == [FRAME, FRAME * 2, FRAME * 3]
         assert dechunker.ended
         assert dechunker.buffer == b""
+
+
+async def test_the_head_goes_out_with_the_first_frames() -> None:
+    gate = Gate()
+
+    class Direct(ConnectionResponse):
+        async def respond(self, connection: Connection) -> None:
+            await connection.start(200, [(b"content-type", b"text/event-stream")])
+            assert connection.has_rest
+            assert not connection.can_write_now
+            await connection.write(FRAME)
+            assert connection.can_write_now
+            await gate.go.wait()
+            await connection.finish()
+
+    async with serving(response=Direct) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream"))
+        with fail_within(WITHIN, "the first packet"):
+            first = await peer.receive_some()
+        assert first.startswith(b"HTTP/1.1 200")
+        assert body_of(first)[0] == FRAME
+        gate.go.set()
+        await read_until(peer, b"0\r\n\r\n")
 
 
 async def test_the_connection_serves_the_next_request_after_a_stream_has_ended() -> None:
