@@ -90,6 +90,11 @@ def test_a_pattern_is_part_of_what_is_allowed_or_refused(pattern: str, allowed: 
     assert is_subset(pattern, allowed) is expected
 
 
+def test_a_pattern_has_at_most_256_characters() -> None:
+    assert is_pattern("a" * 256)
+    assert not is_pattern("a" * 257)
+
+
 @given(patterns, patterns)
 def test_being_part_of_one_pattern_is_exact(pattern: str, whole: str) -> None:
     everything_is_matched = all(matches(whole, subject) for subject in SUBJECTS if matches(pattern, subject))
