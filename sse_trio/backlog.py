@@ -183,8 +183,8 @@ class Backlog:
         """The page in which the frames that follow `after` are; its `last` is always above `after`.
 
         It may begin with frames that do not follow `after`. Where retention has taken the next ones it goes on with
-        what is left: compare with `bounds`, which is then never older than the page. Where the stream was replaced
-        while we waited, the page is empty and ends at `after`.
+        what is left: compare with `bounds`, which is then never older than the page. There is no such hole between its
+        frames. Where the stream was replaced while we waited, the page is empty and ends at `after`.
         """
         start = after - after % PAGE
         await self._ready()
@@ -295,7 +295,17 @@ class Backlog:
     async def _load(self, opened: _Opened, start: int) -> Page:
         self.counters.stream_reads += 1
         head = self._head()
-        stored, at_end = await opened.source.read(start + 1, PAGE)
+        read, at_end = await opened.source.read(start + 1, PAGE)
+        stored = await self._up_to_hole(opened, read)
+        at_end = at_end and len(stored) == len(read)
+        last = stored[-1][0] if stored else start
+        if at_end and not stored:
+            last = await self._end(opened, last, head)
+        if last > start + len(stored):
+            # Retention may have taken what is missing, even while this was read: whoever asks from now on must not get
+            # bounds that are older than this page.
+            self._holes += 1
+            self._bounds_until = -1.0
         frames = []
         size = 0
         for count, message in enumerate(stored, 1):
@@ -304,21 +314,28 @@ class Backlog:
                 size += frame.size
             if count % DECODED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
-        last = stored[-1][0] if stored else start
-        if at_end:
-            last = await self._end(opened, last, head)
-        if last > start + len(stored):
-            # Retention may have taken what is missing, even while this was read: whoever asks from now on must not get
-            # bounds that are older than this page.
-            self._holes += 1
-            self._bounds_until = -1.0
         page = Page(frames, last)
         if opened is self._opened and not at_end and start not in self._pages:
             self._keep(start, page, size)
         return page
 
+    async def _up_to_hole(self, opened: _Opened, stored: Sequence[Arrived]) -> Sequence[Arrived]:
+        """The messages before the first hole that retention has made between them, if any, while they were read.
+
+        Then the next page begins with the hole, where its reader looks for one.
+        """
+        if not stored or stored[-1][0] - stored[0][0] == len(stored) - 1:
+            return stored
+        info = await opened.source.info()
+        first = info.first if info is not None else 0
+        for index in range(1, len(stored)):
+            before = stored[index - 1][0]
+            if stored[index][0] > before + 1 and first > before + 1:
+                return stored[:index]
+        return stored
+
     async def _end(self, opened: _Opened, last: int, head: int) -> int:
-        """Up to where a page is complete whose replica had no more to give.
+        """Up to where an empty page is complete: its replica had nothing to give behind `last`.
 
         The feed was at `head` before, so the stream holds all there is up to there. But does that replica? The leader
         is asked: if nothing of ours follows up to `head`, the page is complete up to `head`, else as far as it goes.

@@ -325,6 +325,8 @@ class EventStream(ConnectionResponse):
             return  # the world changed while we waited; the loop asks anew
         following = [frame for frame in page.frames if frame.sequence > position]
         upto = following[0].sequence if following else page.last + 1
+        if bounds is None and upto > position + 1:
+            return  # whether retention has taken what comes next cannot be known now
         if bounds is not None and upto > position + 1 and bounds[0] > position + 1:
             # Retention has taken what comes next; a page that was read before that may still have some of it.
             client.position = min(bounds[0], upto) - 1

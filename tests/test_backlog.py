@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,8 @@ async def test_what_does_not_decode_is_left_out_and_passed(autojump_clock: trio.
 async def test_at_the_end_a_page_reaches_to_where_the_feed_is(autojump_clock: trio.testing.MockClock) -> None:
     # The last messages of the stream are on other subjects: nothing of ours follows 10, and the feed is at 99.
     async with reading(FakeStream(range(1, 11)), head=99) as (backlog, _):
-        assert (await backlog.read(0)).last == 99
-        assert (await backlog.read(10)).last == 99
+        assert (await backlog.read(0)).last == 10
+        assert await backlog.read(10) == Page([], 99)
 
 
 async def test_a_lagging_replica_makes_no_hole(autojump_clock: trio.testing.MockClock) -> None:
@@ -363,6 +364,22 @@ async def test_after_a_page_with_a_hole_bounds_are_fresh(
             assert await backlog.bounds() == (1500, 1500)
 
 
+async def test_a_hole_that_retention_made_while_a_page_was_read_is_where_the_next_page_begins(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    stream = FakeStream([*range(1, 51), *range(101, 201), *range(251, 701)])
+    async with reading(stream) as (backlog, _):
+        # Sequences are missing, but they are other subjects' or were deleted: nothing of it is retention's work.
+        assert len((await backlog.read(0)).frames) == 500
+        backlog.forget()
+    stream.first = 240
+    async with reading(stream) as (backlog, _):
+        assert sequences(await backlog.read(0)) == list(range(1, 51))
+        assert sequences(await backlog.read(50)) == list(range(101, 201))
+        assert (await backlog.read(200)).frames[0].sequence == 251
+        assert await backlog.bounds() == (240, 700)
+
+
 async def test_pages_are_kept_within_bounds_and_the_least_wanted_go_first(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,6 +450,39 @@ async def test_a_reader_goes_on_over_the_death_of_the_server(nats: NatsServer) -
                 assert await feed.bounds() is None
                 await nats.start()
             assert heard == list(range(1, 3001))
+
+
+async def test_a_reader_that_retention_overtakes_can_tell_each_hole(nats: NatsServer) -> None:
+    total = 20_000
+    async with operator(nats) as others:
+        await others.create_stream(max_msgs=700)
+        async with running(nats, history=10) as (feed, _):
+            await live(feed)
+            heard: list[int] = []
+            told: list[tuple[int, int]] = []
+
+            async def client() -> None:
+                position = 0
+                while position < total:
+                    page = await feed.read(position)
+                    bounds = await feed.bounds()
+                    following = [frame.sequence for frame in page.frames if frame.sequence > position]
+                    upto = following[0] if following else page.last + 1
+                    if upto > position + 1:
+                        assert bounds is not None
+                        if bounds[0] > position + 1:
+                            told.append((position, upto))
+                    heard.extend(following)
+                    position = page.last
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client)
+                message = ("discoveries.x", payload(1))
+                for _ in range(10):
+                    await nats.publish(*[message] * (total // 10))
+            holes = [(one, two) for one, two in pairwise([0, *heard, total + 1]) if two > one + 1]
+            assert holes
+            assert [hole for hole in holes if hole not in told] == []
 
 
 async def test_large_discoveries_deleted_ones_and_other_subjects_are_read_exactly(nats: NatsServer) -> None:
