@@ -248,7 +248,7 @@ def assert_nothing_left(before: frozenset[Task]) -> None:
         AssertionError: names each such task and shows the await at which it stands.
     """
     left = living_tasks() - before
-    assert not left, f"still running:\n{_where(left)}"
+    assert not left, f"still running:\n{_where(_stands(left))}"
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class _Run(trio.abc.Instrument):
         self.scope = trio.CancelScope()
         self.steps = 0
         self.struck: str | None = None  # what had just happened then
-        self.stood = ""  # where the tasks stood then
+        self.stood: list[Stand] = []  # where the tasks stood then
         self.error: Exception | None = None  # the blow itself failed
         self.tasks: set[Task] = set()
         self.woken: set[Task] = set()
@@ -319,7 +319,7 @@ class _Run(trio.abc.Instrument):
         if self.struck is None and self.blow.possible(task):
             self.steps += 1
             if self.steps == self.nth:
-                self.struck, self.stood = what, _where(self.tasks)
+                self.struck, self.stood = what, _stands(self.tasks)
                 try:
                     self.blow.strike(self, task)
                 except Exception as error:
@@ -387,7 +387,7 @@ async def _one_run(
                 with trio.move_on_after(within):
                     await over.wait()
                 if not over.is_set():
-                    problem = AssertionError(f"it had not ended after {within:g} s:\n{_where(run.tasks)}")
+                    problem = AssertionError(f"it had not ended after {within:g} s:\n{_where(_stands(run.tasks))}")
                     await _take_apart(run, problem)
         except BaseExceptionGroup as group:
             if problem is None or group.split((Exception, _Evicted))[1] is not None:
@@ -420,18 +420,26 @@ def _failure(problem: Exception, run: _Run, seed: int | None) -> TeardownError:
     if run.struck is None:
         return TeardownError(f"left alone, {order}: {what}", 0, seed)
     place = f"{run.blow.verb} at step {run.steps} {order}, when {run.struck}"
-    text = f"{place}: {what}\nits tasks stood at:\n{run.stood or '  (none was left)'}"
+    text = f"{place}: {what}\nits tasks stood at:\n{_where(run.stood) or '  (none was left)'}"
     return TeardownError(text, run.steps, seed)
 
 
-def _where(tasks: Iterable[Task]) -> str:
-    """The awaits at which tasks stand, as a traceback of each; of trio's own frames only the last."""
+Stand = tuple[str, traceback.StackSummary]
+"""A task's name, and the awaits at which it stood."""
+
+
+def _stands(tasks: Iterable[Task]) -> list[Stand]:
+    """Where tasks stand now; cheap until somebody wants to read it."""
+    return [(task.name, traceback.StackSummary.extract(task.iter_await_frames(), lookup_lines=False)) for task in tasks]
+
+
+def _where(stands: Iterable[Stand]) -> str:
+    """A traceback for each; of trio's own frames only the last."""
     lines = []
-    for task in sorted(tasks, key=lambda task: task.name):
-        frames = traceback.StackSummary.extract(task.iter_await_frames())
+    for name, frames in sorted(stands, key=lambda stand: stand[0]):
         own = [frame for frame in frames if "/trio/_" not in frame.filename and frame.filename != __file__]
         last = [frame for frame in frames if "/trio/_" in frame.filename][-1:]
-        lines += [f"  task {task.name}\n", *traceback.StackSummary.from_list([*own, *last]).format()]
+        lines += [f"  task {name}\n", *traceback.StackSummary.from_list([*own, *last]).format()]
     return "".join(lines).rstrip()
 
 

@@ -146,12 +146,12 @@ async def test_clients_that_read_the_stream_may_be_cancelled_at_any_step_while_t
             for _ in range(2):
                 with trio.move_on_after(0.6):
                     await stream.connected()
-                await trio.sleep(5)
+                await trio.sleep(1)
             async with trio.open_nursery() as feed:
                 feed.start_soon(stream.connected)
-                await trio.sleep(30)
+                await trio.sleep(5)
                 stream.publish(1)
-                await trio.sleep(30)
+                await trio.sleep(5)
                 feed.cancel_scope.cancel()
             requests.cancel_scope.cancel()
         for connection in connections:
