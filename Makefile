@@ -15,6 +15,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell $(p) -c '$(FITS)' >/dev/null 2>&1 && echo $(p))))
 
 .PHONY: demo test check format bench chaos clean tools
+.DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
 	@exec $(BIN)/sse-trio demo $(DEMO)
@@ -29,7 +30,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/flake8-async --enable=$(CANCELLATION_RULES) $$(git ls-files '*.py')
+	$(BIN)/flake8-async --enable=$(CANCELLATION_RULES) $$(find $(CODE) -name '*.py')
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix $(CODE)
