@@ -15,10 +15,11 @@ from typing import Any
 from . import plan
 from .contenders import CONTENDERS, available
 from .needs import Missing, Tools, machine, prepare, versions
-from .report import Results, document
+from .report import Results, document, summary
 from .runs import Sample, Scenario, run
 
 HERE = Path(__file__).parent
+MODES = {"quick": (plan.quick, 2), "curves": (plan.curves, 2), "full": (plan.full, 3), "smoke": (plan.smoke, 1)}
 MARKS = ("<!-- benchmark: begin -->", "<!-- benchmark: end -->")
 
 
@@ -36,11 +37,12 @@ def main() -> int:
         return 2
     for what, consequence in tools.missing.items():
         print(f"MISSING {what}: {consequence}", file=sys.stderr)
-    mode = "full" if options.full else "smoke" if options.smoke else "quick"
-    scenarios = {"full": plan.full, "smoke": plan.smoke, "quick": plan.quick}[mode]()
+    mode = next((name for name in MODES if getattr(options, name)), "quick")
+    make, rounds = MODES[mode]
+    scenarios = make()
     if options.only:
         scenarios = [scenario for scenario in scenarios if scenario.key in options.only]
-    rounds = options.rounds or {"full": 3, "smoke": 1, "quick": 2}[mode]
+    rounds = options.rounds or rounds
     started, clock = datetime.now(UTC), time.monotonic()
     samples = _measure(scenarios, tools, rounds, options.contenders)
     results = {
@@ -65,6 +67,7 @@ def _arguments() -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="the table, two rounds, about ten minutes (default)")
+    mode.add_argument("--curves", action="store_true", help="the table and the plot's curves, half an hour")
     mode.add_argument("--full", action="store_true", help="every point of the plot, three rounds, about two hours")
     mode.add_argument("--smoke", action="store_true", help="seconds; shows that everything works, nothing else")
     parser.add_argument("--rounds", type=int, help="how often each contender gets its turn")
@@ -131,12 +134,12 @@ def _publish(results: Results, out: Path) -> None:
     """Into the repository: the numbers, the plot, and the tables between the marks of the two READMEs."""
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     shutil.copy(out / "plot.png", HERE / "plot.png")
-    for readme in (HERE / "README.md", HERE.parent / "README.md"):
+    for readme, tables in ((HERE / "README.md", document(results)), (HERE.parent / "README.md", summary(results))):
         text = readme.read_text()
         begin, middle, rest = text.partition(MARKS[0])
         _, end, rest = rest.partition(MARKS[1])
         if middle and end:
-            readme.write_text(f"{begin}{MARKS[0]}\n{document(results)}{MARKS[1]}{rest}")
+            readme.write_text(f"{begin}{MARKS[0]}\n{tables}{MARKS[1]}{rest}")
 
 
 if __name__ == "__main__":

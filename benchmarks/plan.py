@@ -53,6 +53,17 @@ def quick() -> list[Scenario]:
     ]
 
 
+def curves() -> list[Scenario]:
+    """The table, and enough points for every panel of the plot."""
+    scenarios = {scenario.key: scenario for scenario in quick()}
+    points = [(clients, rate) for clients in CLIENTS for rate in (5, 1_000)] + [(1_000, rate) for rate in RATES]
+    for clients, rate in points:
+        cell = fanout(clients, rate, 3, MAIN if (clients, rate) != (1_000, 100) else (*MAIN, *VARIANTS[1:]))
+        if cell.key not in scenarios or rate == 100:
+            scenarios[cell.key] = cell
+    return list(scenarios.values())
+
+
 def full() -> list[Scenario]:
     """The table and the whole grid; about an hour and a half with three rounds."""
     scenarios = {scenario.key: scenario for scenario in quick()}

@@ -48,7 +48,9 @@ def draw(results: Results, path: Path) -> None:
     ]
     figure, axes = pyplot.subplots(3, 3, figsize=(16, 13), layout="constrained")
     for axis, (title, unit, name, points, across) in zip(axes.flat, panels, strict=True):
-        _panel(axis, table, name, points)
+        if not _panel(axis, table, name, points):
+            axis.set_axis_off()
+            continue
         axis.set(title=title, xlabel=across, ylabel=unit, xscale="log", yscale="log")
         axis.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
         axis.minorticks_off()
@@ -67,12 +69,15 @@ def draw(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _panel(axis: Any, table: Table, name: str, points: list[tuple[int, str]]) -> None:
+def _panel(axis: Any, table: Table, name: str, points: list[tuple[int, str]]) -> bool:
+    """Draw one question; whether there was anything to draw."""
+    drawn = False
     for key, contender in CONTENDERS.items():
         found = [(x, scenario, spread) for x, scenario in points if (spread := table.value(scenario, key, name))]
         found = [(x, scenario, spread) for x, scenario, spread in found if spread.middle > 0]
         if not found:
             continue
+        drawn = True
         xs = [x for x, _, _ in found]
         color = _COLORS[key]
         axis.plot(xs, [spread.middle for _, _, spread in found], color=color, label=contender.label)
@@ -88,3 +93,4 @@ def _panel(axis: Any, table: Table, name: str, points: list[tuple[int, str]]) ->
             share = table.value(scenario, key, "share")
             lost = share is not None and share.least < 1
             axis.plot(x, spread.middle, "o", color=color, markerfacecolor="white" if lost else color)
+    return drawn

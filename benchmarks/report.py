@@ -296,11 +296,36 @@ def target_table(table: Table) -> list[str]:
     return lines
 
 
-def document(results: Results) -> str:
-    """The whole report, in Markdown."""
-    table = Table(results)
-    machine, versions = results["machine"], results["versions"]
+def overview_table(table: Table) -> list[str]:
+    """One line for each contender: what one wants to know first."""
     lines = [
+        "| | 1,000 clients, 5/s: p50 | 1,000/s: arrived, deliveries/s | 3,000/s: arrived, deliveries/s "
+        "| 10,000 clients, 10/s: p50 | RSS per client | connects/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in ("sse-trio", "nchan", "starlette", "baseline", "floor"):
+        cells = [CONTENDERS[key].label, show(table.value("fanout-1000x5", key, "p50_ms"), " ms")]
+        for scenario in ("fanout-1000x1000", "fanout-1000x3000"):
+            share = _share(table.value(scenario, key, "share"))
+            cells.append(f"{share}, {show(table.value(scenario, key, 'deliveries_per_s'))}")
+        cells.append(show(table.value("fanout-10000x10", key, "p50_ms"), " ms"))
+        cells.append(show(table.value("connect", key, "rss_per_client_kb"), " KB"))
+        cells.append(show(table.value("connect", key, "connects_per_s")))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def summary(results: Results) -> str:
+    """The report's first page, in Markdown: for the project's README."""
+    table = Table(results)
+    plot = "![Latency, throughput and cost over clients and event rate](benchmarks/plot.png)"
+    return "\n".join([*_header(results), *overview_table(table), "", *target_table(table), "", plot, ""])
+
+
+def _header(results: Results) -> list[str]:
+    """On what, when, and how it was measured."""
+    machine, versions = results["machine"], results["versions"]
+    return [
         f"Measured {results['started']} on {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory']}, {machine['kernel']}; load client, server and nats-server share the cores. "
         f"{results['rounds']} rounds, contenders in turn; {results['seconds'] / 60:.0f} minutes. Median "
@@ -309,6 +334,12 @@ def document(results: Results) -> str:
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
     ]
+
+
+def document(results: Results) -> str:
+    """The whole report, in Markdown."""
+    table = Table(results)
+    lines = [*_header(results), *overview_table(table), ""]
     lines += [f"* Left out: {what}: {why}." for what, why in results["missing"].items()]
     for sample in table.samples:
         if "error" in sample:
