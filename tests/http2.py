@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Any
 
 import h2.config
 import h2.connection
 import h2.events
 import trio
-from support import WITHIN, fail_within
-
-from sse_trio.sse import Decoder, ServerSentEvent
+from support import RawStream
 
 __all__ = ["Http2Stream"]
 
 
-@dataclass
-class Http2Stream:
-    """One request on a connection of its own; reads like `support.RawStream`."""
+class Http2Stream(RawStream):
+    """One request on a connection of its own, which reads like any other stream."""
 
-    stream: trio.SSLStream[trio.SocketStream]
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    events: list[ServerSentEvent] = field(default_factory=list)
-    ended: bool = False
-    closed: bool = False
-    decoder: Decoder = field(default_factory=Decoder)
-    _taken: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
         self.protocol = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
 
     async def request(self, authority: str, path: str, headers: Mapping[str, str], method: str = "GET") -> None:
@@ -66,26 +54,6 @@ class Http2Stream:
                 self.events += self.decoder.feed(event.data)
                 self.protocol.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
             elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
-                self.ended = True
+                self.dechunker.ended = True
         await self.flush()
         return True
-
-    async def read_until(self, condition: Callable[[], bool], what: str, within: float = WITHIN) -> None:
-        with fail_within(within, f"{what}; got {self.status} {self.body[-2000:]!r}"):
-            while not condition():
-                if not await self.read_some():
-                    assert condition(), f"the stream closed before: {what}; got {self.status} {self.body!r}"
-
-    async def next(self, name: str | None = None, within: float = WITHIN) -> ServerSentEvent:
-        """The next event that was not taken yet; with `name`, the next of that name."""
-        while True:
-            await self.read_until(lambda: len(self.events) > self._taken, f"an event {name or ''}", within)
-            event = self.events[self._taken]
-            self._taken += 1
-            if name is None or event.event == name:
-                return event
-
-    async def read_to_end(self, within: float = WITHIN) -> None:
-        with fail_within(within, "the stream ends"):
-            while not self.ended and await self.read_some():
-                pass

@@ -85,7 +85,7 @@ class Proxy:
     @asynccontextmanager
     async def listen(
         self, *, http2: bool = False, cursor: str | None = None, agent_id: str = "agent-1", **headers: str
-    ) -> AsyncIterator[RawStream | Http2Stream]:
+    ) -> AsyncIterator[RawStream]:
         """A stream through the proxy; the connection closes with the block."""
         path = f"/discoveries/stream?agent_id={agent_id}"
         fields = {"accept": "text/event-stream"} | {k.replace("_", "-"): v for k, v in headers.items()}
