@@ -102,12 +102,12 @@ class Access:
         self._hosts = None if "*" in settings.allowed_hosts else [_allowed_host(h) for h in settings.allowed_hosts]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the JWKS fresh, for ever; returns at once where there is none."""
-        if self._tokens is None or self._tokens.keys is None:
+        """Say what an operator should know, and keep the JWKS fresh, for ever; returns where there is none."""
+        if self._tokens is not None:
+            await self._tokens.run(task_status=task_status)
+        else:
             task_status.started()
             await trio.lowlevel.checkpoint()
-            return
-        await self._tokens.keys.run(task_status=task_status)
 
     # Who may ask: framing, Host, Origin, CORS
 

@@ -54,8 +54,8 @@ class Key:
     key: Any
 
 
-def parse_keys(document: bytes) -> tuple[Key, ...]:
-    """The usable keys of a JWKS document.
+def parse_keys(document: bytes) -> tuple[tuple[Key, ...], int]:
+    """The usable keys of a JWKS document, and how many others it has.
 
     A key of another kind, for another use, with a private part, or too weak is left out, as RFC 7517 asks.
 
@@ -69,9 +69,7 @@ def parse_keys(document: bytes) -> tuple[Key, ...]:
     if not isinstance(keys, list) or len(keys) > MAX_KEYS:
         raise KeySourceError(f"its keys are not a list of at most {MAX_KEYS}")
     usable = tuple(key for key in map(_usable, keys) if key is not None)
-    if len(usable) < len(keys):
-        log.warning("keys ignored", ignored=len(keys) - len(usable), usable=len(usable))
-    return usable
+    return usable, len(keys) - len(usable)
 
 
 def _usable(data: object) -> Key | None:
@@ -126,17 +124,15 @@ class KeySet:
         self._asked = trio.Event()
         self._fetched = trio.Event()
         self._last_fetch = float("-inf")
+        self._unprotected = parts.scheme == "http" and not is_loopback_host(parts.netloc.rpartition("@")[2])
+        self._ignored = 0
         self._failing = False
         self._running = False
         # A file system that hangs costs one thread, not one at every attempt.
         self._limiter = trio.CapacityLimiter(1)
-        if parts.scheme == "http" and not is_loopback_host(parts.netloc.rpartition("@")[2]):
-            log.warning(
-                "keys come unprotected", source=self.name, hint="whoever is in between can make tokens: use https"
-            )
         if self._url is None:
             try:
-                self.keys = parse_keys(self._read_file())
+                self.keys, _ = parse_keys(self._read_file())
             except KeySourceError as error:
                 raise SettingsError(f"SSE_JWT_JWKS: {self.name}: {error}") from None
 
@@ -153,6 +149,8 @@ class KeySet:
 
         Errors: none of the source's leave here; an outage is logged once, and its end.
         """
+        if self._unprotected:
+            log.warning("keys come unprotected", source=self.name, hint="who is in between can make tokens: use https")
         self._running = True
         try:
             await self._refresh()
@@ -186,7 +184,7 @@ class KeySet:
                     )
                 else:
                     document = await self._fetch(self._url)
-            self.keys = parse_keys(document)
+            self.keys, ignored = parse_keys(document)
         except (KeySourceError, trio.TooSlowError) as error:
             if not self._failing:
                 self._failing = True
@@ -196,6 +194,9 @@ class KeySet:
             if self._failing:
                 self._failing = False
                 log.info("keys available", source=self.name, keys=len(self.keys))
+            if ignored > self._ignored:
+                log.warning("keys ignored", source=self.name, ignored=ignored, usable=len(self.keys))
+            self._ignored = ignored
         self._last_fetch = trio.current_time()
         self._asked = trio.Event()
         fetched, self._fetched = self._fetched, trio.Event()

@@ -110,19 +110,25 @@ class Tokens:
         self._issuer = settings.jwt_issuer
         self.keys = KeySet(settings.jwt_jwks) if settings.jwt_jwks else None
         self._secret: bytes | None = None
+        self._short = False
         if settings.jwt_secret is not None:
             secret = settings.jwt_secret.get_secret_value().encode()
             if b"-----BEGIN " in secret:
                 raise SettingsError("SSE_JWT_SECRET: this is a key in PEM form; put public keys into SSE_JWT_JWKS")
-            if len(secret) < 32:
-                log.warning(
-                    "secret is short",
-                    bytes=len(secret),
-                    hint="HS256 wants 32 random bytes (RFC 7518, 3.2)",
-                )
             # HMAC fills a short key up with zero bytes anyway; done here, the library need not warn at each
             # token.
+            self._short = len(secret) < 32
             self._secret = secret.ljust(32, b"\0")
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Say what an operator should know, and keep the JWKS fresh, for ever; returns where there is none."""
+        if self._short:
+            log.warning("secret is short", hint="HS256 wants 32 random bytes (RFC 7518, 3.2)")
+        if self.keys is not None:
+            await self.keys.run(task_status=task_status)
+        else:
+            task_status.started()
+            await trio.lowlevel.checkpoint()
 
     async def check(self, token: str) -> Grant:
         """The grant that the token's claims describe.

@@ -202,11 +202,13 @@ async def test_a_token_without_a_key_id_works_only_where_there_is_no_choice(tmp_
     ],
 )
 def test_a_key_that_is_not_for_this_is_left_out_and_the_others_stay(key: Any) -> None:
-    assert [key.kid for key in parse_keys(document(key, EDWARDS_KEY))] == ["ed-1"]
+    usable, ignored = parse_keys(document(key, EDWARDS_KEY))
+    assert [key.kid for key in usable] == ["ed-1"]
+    assert ignored == 1
 
 
 def test_a_key_may_say_what_it_is_for() -> None:
-    keys = parse_keys(document(RSA_KEY | {"use": "sig", "key_ops": ["verify"], "alg": "RS256"}))
+    keys, _ = parse_keys(document(RSA_KEY | {"use": "sig", "key_ops": ["verify"], "alg": "RS256"}))
     assert [key.algorithm for key in keys] == ["RS256"]
 
 
@@ -253,13 +255,30 @@ def test_a_file_that_cannot_be_used_is_an_error_at_start(tmp_path: Path) -> None
         ("http://user:hidden@localhost/keys", False),
     ],
 )
-def test_keys_from_afar_without_tls_are_warned_of(
+async def test_keys_from_afar_without_tls_are_warned_of(
     source: str, warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    KeySet(source)
+    keys = KeySet(source)
+    assert not capsys.readouterr().out, "what is logged before logging is set up goes anywhere"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keys.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
     said = capsys.readouterr().out
     assert ("keys come unprotected" in said) is warned
     assert "hidden" not in said
+
+
+async def test_keys_that_are_left_out_are_said_once(
+    tmp_path: Path, mock_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.json"
+    file.write_bytes(document(RSA_KEY, {}))
+    async with running(KeySet(str(file))) as keys:
+        file.write_bytes(document(ELLIPTIC_KEY, {}))
+        mock_clock.jump(REFRESH_INTERVAL)
+        await soon(lambda: keys.find("ec-1", "ES256"), "it is read again")
+    assert capsys.readouterr().out.count("keys ignored") == 1
 
 
 async def test_a_file_is_read_again_and_a_broken_one_changes_nothing(
