@@ -195,6 +195,14 @@ def test_a_clock_that_goes_back_takes_nothing_away() -> None:
         pass
 
 
+def test_a_server_without_a_limit_has_a_bucket_all_the_same() -> None:
+    counted = limits(process=0, rate=1)
+    for _ in range(RATE_BURST):
+        with counted.admit("192.0.2.1", None):
+            pass
+    assert refusal(counted).limit == "rate"
+
+
 def test_a_small_server_has_a_second_s_worth_of_new_streams_in_hand() -> None:
     counted = limits(process=1, rate=50)
     for _ in range(50):
@@ -231,6 +239,7 @@ def test_the_limit_of_open_files_is_raised_and_its_end_is_said() -> None:
     number, soft, warning = in_a_process_with(256, 1024, 10000)
     assert (number, soft) == ("896", "1024")
     assert warning.startswith("SSE_MAX_CONNECTIONS is 10000, but 1024 open files allow 896 streams")
+    assert in_a_process_with(256, 1024, 896) == ["896", "1024", "None"]
     assert in_a_process_with(256, 1024, 0) == ["896", "1024", "None"]
     assert in_a_process_with(64, 64, 10)[0] == "1", "a process that can serve hardly anybody still serves one"
 
