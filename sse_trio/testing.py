@@ -362,10 +362,12 @@ async def _one_run(
         before = living_tasks()
         with _watched_async_generators() as abandoned:
             try:
-                with run.counting():
-                    await body(run)
-                if run.error is not None:
-                    raise run.error
+                try:
+                    with run.counting():
+                        await body(run)
+                finally:
+                    if run.error is not None:
+                        raise run.error
                 # No await from here on: what is there now was left by the scenario.
                 complaints = []
                 for look in (check, lambda: assert_nothing_left(before), abandoned):
