@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 __all__ = [
@@ -48,6 +49,7 @@ _FORWARDING = frozenset(
 )
 
 
+@lru_cache(4096)
 def parse_address(text: str) -> Address | None:
     """The address that `text` spells, with or without a port, or None (`unknown`, `_hidden`, a name,
     nonsense).

@@ -24,6 +24,7 @@ from quart_trio import QuartTrio
 from sse_trio.access import Access, effective_max_connections
 from sse_trio.asgi import ASGIConnection, RefusedWebSocket
 from sse_trio.broadcaster import Broadcaster
+from sse_trio.collector import Collector
 from sse_trio.connection import Worker
 from sse_trio.hypercorn_connection import contain_failures
 from sse_trio.logs import configure_logging
@@ -91,7 +92,7 @@ class App(QuartTrio):
     asgi_lifespan_class = Lifespan  # type: ignore[assignment]  # the same shape, another class
 
     def __init__(self, settings: Settings, *, owns_process: bool = False) -> None:
-        """With `owns_process` a run also configures logging and treats SIGTERM as a drain."""
+        """With `owns_process` a run also configures logging, treats SIGTERM as a drain, and tunes the garbage collector."""
         super().__init__("sse_trio", static_folder=None)
         self.settings = settings
         self.owns_process = owns_process
@@ -132,6 +133,7 @@ class App(QuartTrio):
                 signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
             ):
                 await nursery.start(self._drain_on_sigterm)
+            nursery.start_soon(Collector(self.broadcaster).run)
         if self.limit_warning:
             log.warning(self.limit_warning)
         await nursery.start(self.services.access.run)

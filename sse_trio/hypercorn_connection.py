@@ -1,9 +1,9 @@
 """Connections under Hypercorn: the socket below an ASGI `send`, and the deadline that is put there.
 
 Strategy: one walk, at each request, goes from `send` down through Hypercorn's HTTPStream and its protocol to the
-TCPServer, and puts a `DeadlineStream` below it; each step is checked by type. Bodies of plain HTTP/1.1 then go straight
-to the socket, in chunks that are made once for all clients; h11's state stays right, and the last chunk is Hypercorn's.
-TLS, HTTP/2 and HTTP/1.0 take Hypercorn's way. tests/test_pinned_insides.py names each inside that is used.
+TCPServer, and puts a `DeadlineStream` below it; each step is checked by type. Bodies of HTTP/1.1 then go straight to
+the socket, in chunks that are made once for all clients, or into TLS; h11's state stays right, and the last chunk is
+Hypercorn's. HTTP/2 and HTTP/1.0 take Hypercorn's way. tests/test_pinned_insides.py names each inside that is used.
 
 What always holds: messages to Hypercorn run in a shield, since a cancel inside its `send` loses bytes that its
 protocols count as sent, and cuts its own cleaning up. The shield is bounded, and the stream below has a deadline.
@@ -55,7 +55,8 @@ def connection_below(send: ASGISendCallable, scope: Any, timeout: float) -> tupl
     if isinstance(protocol, H2Protocol):
         _unlimit(protocol)
         return _H2Connection(scope, send, http, protocol, transport), http.context
-    return _H11Connection(scope, send, http, protocol, transport), http.context
+    tls = server.stream if isinstance(server.stream, trio.SSLStream) else None
+    return _H11Connection(scope, send, http, protocol, transport, cast("Any", tls)), http.context
 
 
 def chunk(payload: bytes) -> bytes:
@@ -122,10 +123,9 @@ class _HypercornConnection(Connection):
 
 
 class _H11Connection(_HypercornConnection):
-    """HTTP/1.x. Without TLS and with chunks, bodies go straight to the socket, past h11, whose state stays
-    right."""
+    """HTTP/1.x. Bodies in chunks go past h11, whose state stays right: to the socket, or into TLS."""
 
-    __slots__ = ("_chunked", "_protocol")
+    __slots__ = ("_chunked", "_protocol", "_tls")
 
     def __init__(
         self,
@@ -134,15 +134,18 @@ class _H11Connection(_HypercornConnection):
         http: HTTPStream,
         protocol: H11Protocol,
         transport: DeadlineStream,
+        tls: trio.SSLStream[DeadlineStream] | None,
     ) -> None:
         super().__init__(scope, send, http, transport)
         self._protocol = protocol
+        self._tls = tls
         self._chunked = False
-        """Whether the head is made and the body is ours to write, in chunks, to the socket."""
+        """Whether the head is made and the body is ours to write, in chunks."""
 
     async def start(self, status: int, headers: Headers) -> None:
-        if self.is_tls:
+        if self._tls is not None:
             await super().start(status, headers)
+            self._chunked = _is_chunked(self._protocol.connection)
             return
         # Hypercorn would write the head by itself. It is kept, to go out with the first chunk: one packet less.
         self._transport.held = held = bytearray()
@@ -153,8 +156,8 @@ class _H11Connection(_HypercornConnection):
         self._rest = bytes(held)
         self._chunked = _is_chunked(self._protocol.connection)
         if not self._chunked:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + BACKSTOP * self.timeout):
-                await self._write_past_h11()
+            with trio.move_on_after(BACKSTOP * self.timeout, shield=True):
+                await self._write_to_socket()
 
     async def write(self, payload: bytes) -> None:
         await super().write(chunk(payload) if self._chunked and payload else payload)
@@ -163,17 +166,29 @@ class _H11Connection(_HypercornConnection):
         if not self._chunked:
             await super().write_rest()
             return
-        await self._write_past_h11()
-
-    async def _write_past_h11(self) -> None:
-        await trio.lowlevel.checkpoint()
         try:
-            while self._rest is not None:
-                sent = await self._transport.send_some(self._rest)
-                self._keep(self._rest, sent)
+            await (self._write_to_socket() if self._tls is None else self._write_into(self._tls))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self.stalled = self._transport.stalled
             raise PeerGone("the peer is gone") from error
+
+    async def _write_to_socket(self) -> None:
+        await trio.lowlevel.checkpoint()
+        while self._rest is not None:
+            sent = await self._transport.send_some(self._rest)
+            self._keep(self._rest, sent)
+
+    async def _write_into(self, tls: trio.SSLStream[DeadlineStream]) -> None:
+        await trio.lowlevel.checkpoint()
+        if self._rest is not None:
+            await self._ready()
+            # A cancel in the middle would break the TLS stream.
+            with trio.move_on_after(BACKSTOP * self.timeout, shield=True) as scope:
+                await tls.send_all(self._rest)
+            if scope.cancelled_caught:
+                self._transport.abort()
+                raise PeerGone("the connection has not taken a chunk in time")
+            self._rest = None
 
     def _keep(self, data: bytes | memoryview, sent: int) -> None:
         self._rest = memoryview(data)[sent:] if sent < len(data) else None
@@ -185,7 +200,7 @@ class _H11Connection(_HypercornConnection):
 
     @property
     def can_write_now(self) -> bool:
-        return self._chunked and self._rest is None
+        return self._chunked and self._tls is None and self._rest is None
 
     def write_now(self, batch: Writable) -> bool:
         data = batch.chunk
@@ -392,6 +407,10 @@ def contain_failures() -> None:
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             log.warning("a connection failed in Hypercorn", error=repr(error))
+        finally:
+            # The server and its protocol know each other: cut, they are freed now, and not when a collection, which
+            # looks at everything that ten thousand clients hold, comes round to them.
+            vars(server).clear()
 
     contained.contains_failures = True  # type: ignore[attr-defined]
     TCPServer.run = contained  # type: ignore[assignment, method-assign]

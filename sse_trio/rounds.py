@@ -29,8 +29,8 @@ Arrived = tuple[int, str, bytes]
 ROUND_BYTES = 1 << 20
 """Bytes of payload in one round, at most (or a single message)."""
 
-DECODED_AT_ONCE = 256
-"""Messages that are decoded before other tasks may run: about 3 ms."""
+DECODED_AT_ONCE = 48
+"""Messages that are decoded before other tasks may run: about half a millisecond."""
 
 LOG_INTERVAL = 10.0
 """Seconds between two log lines about invalid discoveries of one kind."""

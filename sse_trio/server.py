@@ -35,12 +35,19 @@ __all__ = ["GRACE", "StartError", "bind_socket", "listening", "run_app", "run_wo
 
 log = structlog.get_logger("sse_trio.server")
 
+KEEP_ALIVE = 30.0
+"""Seconds that a connection may wait for its request. Where ten thousand come at once and the backlog is full, the kernel
+drops requests, and the peer's next copy comes seconds later: Hypercorn's 5 would close what it has just accepted."""
+
 BACKLOG = 4096
 """Connections that wait to be accepted: after a redeploy all clients come back at once."""
 
 GRACE = STOPPING + 1
 """Seconds that Hypercorn gives its connections when it stops: no write takes longer than `STOPPING` then."""
 
+
+HANDSHAKE = 10.0
+"""Seconds in which a client has to say who it is over TLS; Hypercorn's own 60 let the silent hold a file for long."""
 
 METRICS = "sse-trio-metrics-"
 """What the names of the directories begin with in which workers count."""
@@ -144,7 +151,9 @@ async def run_app(
         url = url_of(bound, "https" if certfile else "http")
         config = Config()
         config.graceful_timeout = grace
+        config.keep_alive_timeout = KEEP_ALIVE
         config.certfile, config.keyfile = certfile, keyfile
+        config.ssl_handshake_timeout = HANDSHAKE
         config.errorlog = _errors()
         try:
             config.create_ssl_context()

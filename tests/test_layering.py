@@ -25,7 +25,7 @@ LAYERS: dict[str, str] = {
     "3": "access backlog connection consumer listener publisher",
     "3, upstairs": "hypercorn_connection jetstream",
     "3, another flight up": "asgi nats_feed",
-    "3, under the roof": "metrics",
+    "3, under the roof": "metrics collector",
     "4": "reader stream",
     "5": "openapi services",
     "5, upstairs": "resources",

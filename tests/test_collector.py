@@ -1,0 +1,63 @@
+"""The garbage collector keeps out of the way of ten thousand streams, and still comes round to what they leave."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from sse_trio.broadcaster import Broadcaster
+from sse_trio.collector import DEPARTURES, Collector
+from sse_trio.settings import Settings
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+async def test_it_gives_the_collector_back_as_it_was(autojump_clock: MockClock) -> None:
+    before = gc.get_threshold()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Collector(Broadcaster(Settings())).run)
+        await wait_all_tasks_blocked()
+        assert gc.get_threshold() != before
+        assert gc.get_freeze_count() > 0
+        nursery.cancel_scope.cancel()
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
+
+
+async def test_young_cycles_are_freed_at_each_look() -> None:
+    collector = Collector(Broadcaster(Settings()))
+    collector.collect()
+    left = weakref.ref(Cycle())
+    collector.collect()
+    assert left() is None
+
+
+async def test_what_died_out_of_sight_is_freed_after_enough_departures() -> None:
+    broadcaster = Broadcaster(Settings())
+    collector = Collector(broadcaster)
+    cycle = Cycle()
+    collector.collect()
+    left = weakref.ref(cycle)
+    del cycle
+    collector.collect()
+    assert left() is not None
+    broadcaster.connects += DEPARTURES
+    collector.collect()
+    assert left() is None
+    assert collector.full == 1
+    collector.collect()
+    assert collector.full == 1
