@@ -27,7 +27,19 @@ import jwt
 import pytest
 import trio
 import trustme
-from support import WITHIN, NatsServer, Server, eventually, fail_within, listen, payload, request, run_server
+from support import (
+    BIN,
+    WITHIN,
+    NatsServer,
+    Server,
+    eventually,
+    fail_within,
+    free_port,
+    listen,
+    payload,
+    request,
+    run_server,
+)
 
 SECRET = "0123456789abcdef0123456789abcdef"
 HOST = b"Host: 127.0.0.1\r\n"
@@ -164,6 +176,25 @@ async def test_slow_heads_and_silence_are_cut_off_and_others_are_served_meanwhil
                     await client.next("connected", within=5)
                     await nats.publish(("discoveries.insights", payload()))
                     await client.next("discovery", within=5)
+
+
+async def test_handshakes_that_never_come_are_not_waited_for(nats: NatsServer, tmp_path: Path) -> None:
+    chain, key = certificate(tmp_path)
+    port = free_port()
+    command = (str(BIN / "sse-trio"), "serve", "--bind", f"127.0.0.1:{port}", "--certfile", chain, "--keyfile", key)
+    async with (
+        run_server(tmp_path, nats_url=nats.url, command=command, port=port, wait=False) as server,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def wait_for_the_end(*said: bytes) -> None:
+            assert await exchange(port, *said, within=25) == b""
+
+        await eventually(lambda: "serves https" in server.output, "it serves TLS")
+        for _ in range(50):
+            nursery.start_soon(wait_for_the_end, b"")
+            nursery.start_soon(wait_for_the_end, b"\x16\x03\x01")
+    assert "Traceback" not in server.output
 
 
 async def test_slow_bodies_are_cut_off(nats: NatsServer, tmp_path: Path) -> None:
@@ -676,16 +707,21 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-@asynccontextmanager
-async def attacked_over_tls(directory: Path, nats: NatsServer) -> AsyncIterator[Server]:
-    """The real server with a certificate, as it is reached by `http2`; it must be well at the end."""
+def certificate(directory: Path) -> tuple[str, str]:
+    """A certificate for localhost and its key, in files."""
     directory.mkdir(exist_ok=True)
     issued = authority().issue_cert("localhost")
     chain, key = directory / "cert.pem", directory / "key.pem"
     issued.private_key_pem.write_to_path(key)
-    for pem in issued.cert_chain_pems:
-        pem.write_to_path(chain)
-    options = ("--certfile", str(chain), "--keyfile", str(key))
+    issued.cert_chain_pems[0].write_to_path(chain)
+    return str(chain), str(key)
+
+
+@asynccontextmanager
+async def attacked_over_tls(directory: Path, nats: NatsServer) -> AsyncIterator[Server]:
+    """The real server with a certificate, as it is reached by `http2`; it must be well at the end."""
+    chain, key = certificate(directory)
+    options = ("--certfile", chain, "--keyfile", key)
     async with run_server(directory, nats_url=nats.url, options=options, wait=False) as server:
 
         async def is_well() -> bool:
