@@ -2,17 +2,26 @@
 
 Read it from the bottom; a module imports only from lower layers (tests/test_layering.py):
 
-    7  cli, server, page/                   the commands, the server as a process, the live page
-       embedded_nats, child, sample_agents  what the demo runs beside it
-    6  application, app                     what is there once per process, and the one nursery; the one Hypercorn serves
-    5  routes, resources                    the HTTP surface
-       services                             what routes answer from, and how they read a request
-    4  stream, reader                       one SSE response from head to goodbye; reading discoveries back
-    3  nats_feed, publisher, listener       NATS in, NATS out, and a client of our own
-       connection, access, metrics          below ASGI; who may do what; what is counted
-    2  broadcaster                          who is listening
-    1  client, history, nats_connection     one client's queue; the recent frames; one connection to NATS
-    0  settings, discovery, sse, subjects   values and wire formats
+    7  cli, server, tail, doctor        the commands, and the server as a process
+       embedded_nats, child, scratch,   what the demo runs beside it, and leaves nothing of
+       sample_agents
+    6  application, app                 what is there once per process, in one nursery; the one that Hypercorn serves
+    5  routes, resources, openapi       the HTTP surface
+       services                         what routes answer from, and how they read a request
+    4  stream, reader                   one SSE response from head to goodbye; reading discoveries back
+    3  nats_feed, consumer, jetstream,  NATS in: the supervisor, the stream and its consumer, what the stream keeps
+       backlog
+       publisher, listener              NATS out; a client of our own
+       connection, asgi,                what is below ASGI: Hypercorn's and Quart-Trio's insides
+       hypercorn_connection
+       access, metrics, collector       who may do what; what is counted; the garbage collector
+    2  broadcaster                      who is listening
+    1  client, history, rounds          one client's queue; the recent frames; what NATS brings, decoded in rounds
+       nats_connection, nats_client     one crash-only connection to NATS
+       tokens, jwks, limits, logs       tokens and their keys; how many at once; logging
+    0  settings, discovery, sse,        values and wire formats
+       subjects, addresses,
+       nats_protocol, deadline          … and a stream whose writes have a deadline
 
 `testing` stands beside them: the teardown harness, for other projects too, imports trio only.
 """
