@@ -47,7 +47,7 @@ def _check_nats_url(value: str) -> str:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ValueError("a server is not a URL with a port from 1 to 65535") from None
-    if parts.scheme not in {"nats", "tls", "ws", "wss"} or not host or port == 0:
+    if parts.scheme not in {"nats", "tls"} or not host or port == 0:
         raise ValueError("expected nats://host:port or tls://host:port, several separated by commas")
     return url
 

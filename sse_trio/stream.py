@@ -321,7 +321,7 @@ class EventStream(ConnectionResponse):
         epoch, position = self.broadcaster.epoch, client.position
         page = await self._while_quiet(client, connection, partial(self.backlog.read, position))
         bounds = await self._while_quiet(client, connection, self._bounds)
-        if self.broadcaster.epoch != epoch or client.ending is not None:
+        if self.broadcaster.epoch != epoch or client.position != position or client.ending is not None:
             return  # the world changed while we waited; the loop asks anew
         following = [frame for frame in page.frames if frame.sequence > position]
         upto = following[0].sequence if following else page.last + 1
