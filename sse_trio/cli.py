@@ -79,10 +79,15 @@ def told_in_one_line(*, interrupted: int = INTERRUPTED) -> Iterator[None]:
         fail(str(found[0]), WRONG_USE if isinstance(found[0], misuse) else FAILED)
 
 
+def codes(said: str) -> str:
+    """The last line of a command's help."""
+    return f"Exit codes: {said}; 2 for what it cannot use."
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Settings come from the environment (NATS_URL, SSE_BUFFER, …): the README lists them. "
-    "Exit codes: 0 it ended as asked, 1 it failed, 2 it was given something that it cannot use.",
+    "Exit codes: 0 it ended as asked; 1 it failed; 2 it was given something that it cannot use.",
 )
 @click.version_option(sse_trio.__version__, prog_name="sse-trio")
 def main() -> None:
@@ -96,7 +101,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(epilog=codes("0 after a signal; 1 when start-up fails, a worker dies, or the feed dies of a bug"))
 @click.option(
     "--bind", default="127.0.0.1:3000", show_default=True, help="host:port, [v6]:port, port, unix:path or fd://N."
 )
@@ -106,8 +111,7 @@ def main() -> None:
 def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) -> None:
     """Serve the stream.
 
-    Ends on SIGINT or SIGTERM, after every client was told when to come back. Exits with 1 when start-up fails or
-    the feed dies of a bug.
+    Ends on SIGINT, SIGTERM or SIGHUP, after every client was told when to come back.
 
     \b
     Examples:
@@ -139,12 +143,12 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
             sys.exit(trio.run(run_workers, workers, bound, tls, settings.drain_delay + GRACE + 5))
 
 
-@main.command()
+@main.command(epilog=codes("0 after Ctrl-C; 1 when it cannot start"))
 @click.option("--bind", default="127.0.0.1:3000", show_default=True, help="host:port of the server.")
 def demo(bind: str) -> None:
-    """Show everything on this machine: a nats-server, the server, and three agents who share discoveries.
+    """Show everything on this machine, with nothing else needed.
 
-    Prints the address of a live page. Ctrl-C ends all of it, and no file is left.
+    Starts a nats-server, the server, and three agents who share discoveries; prints the address of a live page. Ctrl-C ends all of it, and no file is left.
 
     \b
     Examples:
@@ -196,7 +200,7 @@ def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return quiet | given | {"NATS_STREAM_MAX_BYTES": str(64 << 20)}  # fits into any temporary directory
 
 
-@main.command()
+@main.command(epilog=codes("0 when it is shared; 1 when NATS does not take it; 130 after Ctrl-C"))
 @click.argument("content")
 @click.option("--agent", "agent_id", default="human", show_default=True, help="Who shares it.")
 @click.option("--role", "agent_role", default="Human", show_default=True, help="In which role.")
@@ -211,7 +215,9 @@ def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
 @click.option("--confidence", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="From 0 to 1.")
 @click.option("--related-to", help="The URI of the discovery that it belongs to.")
 def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: float, related_to: str | None) -> None:
-    """Share one discovery over NATS (NATS_URL), and print its URI. CONTENT may be - for standard input.
+    """Share one discovery, and print its URI.
+
+    It goes to NATS (NATS_URL). CONTENT may be - for standard input.
 
     \b
     Examples:
@@ -241,7 +247,7 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
         click.echo(trio.run(main))
 
 
-@main.command()
+@main.command(epilog=codes("0 after Ctrl-C, or when nobody reads its output any more; 1 when the server refuses"))
 @click.argument("url", default="http://127.0.0.1:3000")
 @click.option("--agent-id", default="tail", show_default=True, help="Who listens.")
 @click.option("--type", "types", multiple=True, help="Only this type; repeatable.")
@@ -253,9 +259,9 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on each line, for pipes.")
 @click.option("--token", envvar="SSE_TRIO_TOKEN", help="Bearer token (or SSE_TRIO_TOKEN).")
 def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_id: str, **filters: Any) -> None:
-    """Follow a running server at URL; reconnects and resumes by itself.
+    """Follow a running server from a terminal.
 
-    Discoveries go to standard output, interruptions to standard error. Ctrl-C ends it.
+    Reconnects and resumes by itself. Discoveries go to standard output, interruptions to standard error. Ctrl-C ends it.
 
     \b
     Examples:
@@ -276,12 +282,12 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
         trio.run(main)
 
 
-@main.command()
+@main.command(epilog=codes("0 when the server can do its work; 1 when something must be mended before"))
 @click.option("--bind", default="127.0.0.1:3000", show_default=True, help="Where the server is going to listen.")
 def doctor(bind: str) -> None:
-    """Check what the server needs (NATS, JetStream, the stream, permissions, port, open files); say what to do.
+    """Check what the server needs, and say what to do.
 
-    The exit code is 1 where something must be mended before the server can do its work.
+    Looks at NATS, JetStream, the stream, permissions, the port, and the limit of open files.
 
     \b
     Examples:

@@ -66,6 +66,7 @@ def test_the_help_of_each_command_teaches_by_example(command: str) -> None:
     assert (
         f"\n    sse-trio {command}" in shown.output or f" sse-trio {command}" in shown.output.partition("Examples:")[2]
     )
+    assert "Exit codes: 0 " in shown.output
     assert max(len(line) for line in shown.output.splitlines()) <= 100
 
 
