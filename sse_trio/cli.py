@@ -148,7 +148,8 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
 def demo(bind: str) -> None:
     """Show everything on this machine, with nothing else needed.
 
-    Starts a nats-server, the server, and three agents who share discoveries; prints the address of a live page. Ctrl-C ends all of it, and no file is left.
+    Starts a nats-server, the server, and three agents who share discoveries; prints the address of a live page.
+    Ctrl-C ends all of it, and no file is left.
 
     \b
     Examples:
