@@ -165,7 +165,7 @@ class Client:
         self.due: sse.GapReason | None = None
         """A gap that stands before `position`, to be told next."""
         self.position = 0
-        """Off the live path: everything up to this sequence was given to it, or is not for it."""
+        """Everything up to this sequence was given to it, or is not for it. Stands still while it is live."""
         self.told = -1
         """The sequence of the last `id` that it was given."""
         self.accounted = 0
@@ -191,8 +191,8 @@ class Client:
 
     def offer(self, batch: Batch, now: float) -> int:
         """Give it a round's frames; the number that went straight into its socket."""
-        if not self.live:
-            return 0
+        if not self.live or batch.last <= self.position:
+            return 0  # off the live path, or back on it since this round began: history has given it these
         if self.parked and self.writer is not None:
             try:
                 taken = self.writer.write_now(batch)

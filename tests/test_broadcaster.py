@@ -290,6 +290,30 @@ async def test_a_large_round_is_served_in_slices() -> None:
             other.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("resumes", [False, True], ids=["rejoins", "resumes"])
+async def test_who_joins_the_live_path_in_the_middle_of_a_round_is_not_given_it_again(resumes: bool) -> None:
+    broadcaster = live_broadcaster()
+    others = [broadcaster.subscribe(f"c{n}") for n in range(SLICE)]
+    for other in others:
+        other.__enter__()
+    with broadcaster.subscribe("last") as last:
+        last.live = False
+        if resumes:
+            last.cursor = "e-0"  # its worth was not known when it came
+        broadcaster.publish(events(1, 2))
+        if resumes:
+            broadcaster.resolve(last)
+        assert [frame.id for frame in broadcaster.read(last, 10)] == ["e-1", "e-2"]
+        assert is_live(last)
+        while broadcaster.deliver():
+            pass
+        publish(broadcaster, 3)
+        assert ids(last) == ["e-3"]
+        assert is_live(last)
+    for other in others:
+        other.__exit__(None, None, None)
+
+
 async def test_a_round_is_finished_before_the_next_begins() -> None:
     broadcaster = live_broadcaster()
     others = [broadcaster.subscribe(f"c{n}") for n in range(SLICE + 1)]
