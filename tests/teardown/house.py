@@ -31,12 +31,17 @@ import serving
 import trio
 from support import BIN, WITHIN, NatsServer, RawStream, Server, eventually, fail_within, free_port, listen, payload
 
+from sse_trio.server import KEEP_ALIVE
+
 WRITE_TIMEOUT = 3.0
 KEEPALIVE = 2.0
 SLACK = 3.0
 """Seconds that a busy machine may be late; a bound that is missed by a bug is missed for ever."""
 
-COMMANDS = ("hypercorn", "sse-trio serve")
+IDLE = {"hypercorn": 5.0, "sse-trio serve": KEEP_ALIVE}
+"""Seconds that an idle connection is kept, and one that has stopped in mid-head: Hypercorn's `keep_alive_timeout`."""
+
+COMMANDS = tuple(IDLE)
 
 PIECE = 8000
 """Bytes of content in each of the discoveries that fill buffers."""
@@ -89,6 +94,7 @@ class House:
         self.nats = nats
         self.server = server
         self.port = server.port
+        self.secure = isinstance(server, SecureServer)
         self.number = 0
 
     async def clients(self) -> list[str]:
@@ -150,7 +156,8 @@ class House:
     async def as_before(self, descriptors: int) -> None:
         """Nobody is registered, and no descriptor is open that was not when there were `descriptors`."""
         worker = await self.worker()
-        await eventually(lambda: count_descriptors(worker) <= descriptors, "the descriptors are closed")
+        within = IDLE[self.command] + WITHIN
+        await eventually(lambda: count_descriptors(worker) <= descriptors, "the descriptors are closed", within)
         assert await self.clients() == []
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 from support import WITHIN, RawStream, a_discovery, eventually, fail_within, listen
-from teardown.house import COMMANDS, House, count_descriptors, house, report, reset
+from teardown.house import COMMANDS, IDLE, House, count_descriptors, house, report, reset
 
 FULL = os.environ.get("TEARDOWN") == "full"
 HEALTHY, STALLED, SECONDS = (800, 200, 60.0) if FULL else (80, 20, 4.0)
@@ -28,7 +28,7 @@ RATE = 2 if FULL else 5
 """Discoveries a second for the healthy ones, and as many of 30 kB for the others."""
 
 
-@pytest.fixture(scope="module", params=COMMANDS)
+@pytest.fixture(scope="module", params=COMMANDS if FULL else COMMANDS[:1])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     # Who stalls is stalled for the whole of the run; and history must not be what grows.
     env = {"SSE_KEEPALIVE_INTERVAL": "15", "SSE_WRITE_TIMEOUT": str(SECONDS), "SSE_HISTORY": "50"}
@@ -131,10 +131,12 @@ async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(
     among = await minute(server, STALLED)
     await eventually(lambda: count_descriptors(worker) <= files_before, "the descriptors are closed")
     after, kernel_after = resident(worker), kernel_memory()
+    again = await minute(server, 0) if FULL else alone
     report(
         f"{STALLED} stalled among {HEALTHY + STALLED}, {SECONDS:g} s",
         server.command,
         p99_alone_ms=alone.percentile(0.99),
+        p99_alone_again_ms=again.percentile(0.99),
         p99_among_stalled_ms=among.percentile(0.99),
         resident_before_mb=before,
         resident_after_mb=after,
@@ -142,22 +144,22 @@ async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(
         kernel_after_mb=kernel_after,
     )
     assert after - before < 20, f"{before:.0f} MB before, {after:.0f} MB after"
-    # A busy machine is late for reasons of its own; the ratio itself is for the full run.
-    allowed = 1.5 if FULL else 5
-    assert among.percentile(0.99) <= allowed * max(alone.percentile(0.99), 20 if not FULL else 0)
+    # A busy machine is late for reasons of its own: the ratio itself is for the full run, on a quiet one.
+    without = max(alone.percentile(0.99), again.percentile(0.99))
+    assert among.percentile(0.99) <= (1.5 * without if FULL else 5 * max(without, 20))
 
 
 async def at_rest(server: House) -> int:
-    """The number of tasks, once it has not moved for longer than Hypercorn keeps what stopped in mid-head (5 s)."""
+    """The number of tasks, once it has not moved for longer than Hypercorn keeps what stopped in mid-head."""
     last, since = await server.tasks(), trio.current_time()
 
     async def stands_still() -> bool:
         nonlocal last, since
         now = await server.tasks()
         last, since = (last, since) if now == last else (now, trio.current_time())
-        return trio.current_time() - since > 6
+        return trio.current_time() - since > IDLE[server.command] + 1
 
-    await eventually(stands_still, "the number of tasks stands still", 2 * WITHIN)
+    await eventually(stands_still, "the number of tasks stands still", 4 * WITHIN)
     return last
 
 
@@ -219,7 +221,7 @@ async def test_clients_who_come_and_go_in_every_way_leave_the_process_as_it_was(
     await cycles(CYCLES)
     seconds = trio.current_time() - began
     tasks_after = await at_rest(server)
-    await eventually(lambda: count_descriptors(worker) <= files, "the descriptors are closed")
+    await eventually(lambda: count_descriptors(worker) <= files, "the descriptors are closed", 2 * WITHIN)
     after = resident(worker)
     report(
         f"{CYCLES} clients come and go",

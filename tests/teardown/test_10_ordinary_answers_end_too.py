@@ -1,0 +1,90 @@
+"""10. Ordinary answers end as they should: a connection that is not to be kept is closed, an idle one after a while.
+
+The guarantee: no request, however short, leaves a socket behind.
+
+The trap: Quart-Trio cancels a request's tasks as soon as it hears `http.disconnect` (`quart_trio/asgi.py:39-40`), and
+Hypercorn says that inside the last `send` of every answer, before it has closed or recycled the connection. Its own
+tidying up is cancelled with the rest: `Connection: close` is not honoured, HTTP/1.0 proxies wait for ever, idle
+connections are never closed, and each of them is a descriptor less. The pattern: the last message of a body runs in a
+bounded shield.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import serving
+import trio
+from serving import get, h2_client
+from support import eventually, fail_within
+from teardown.house import COMMANDS, IDLE, SLACK, House, house, note
+
+KINDS = [(COMMANDS[0], False), (COMMANDS[0], True), (COMMANDS[1], False)]
+"""The command, and whether with TLS."""
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda p: f"{p[0]}, {'TLS' if p[1] else 'plain'}")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    name, secure = request.param
+    with house(tmp_path_factory.mktemp("house"), name, secure=secure) as made:
+        yield made
+
+
+@pytest.fixture
+async def server(shared: House) -> AsyncIterator[House]:
+    """The shared server; after the test it must be as it was before."""
+    before = await shared.settled()
+    yield shared
+    await shared.as_before(before)
+
+
+async def seconds_until_closed(server: House, request: bytes, within: float) -> float:
+    """Send a request on a connection of its own, read the answer, and wait until the server closes."""
+    stream = await serving.Server(server.port, tls=server.secure).connect()
+    try:
+        await stream.send_all(request)
+        heard = b""
+        with fail_within(10, "it is answered"):
+            while b"\r\n\r\n{" not in heard:
+                heard += await stream.receive_some()
+        began = trio.current_time()
+        with fail_within(within, "the server closes"):
+            while await stream.receive_some():
+                pass
+        return trio.current_time() - began
+    finally:
+        await trio.aclose_forcefully(stream)  # noqa: ASYNC102  # it cancels itself
+
+
+def kind(server: House) -> str:
+    return f"{server.command}, {'TLS' if server.secure else 'plain'}"
+
+
+async def test_a_connection_that_its_client_does_not_want_to_keep_is_closed(server: House) -> None:
+    seconds = await seconds_until_closed(server, get("/health", close=True), SLACK)
+    note("Connection: close", seconds, 0, kind(server))
+
+
+async def test_a_connection_of_http_1_0_is_closed(server: House) -> None:
+    seconds = await seconds_until_closed(server, get("/health", version="1.0"), SLACK)
+    note("HTTP/1.0", seconds, 0, kind(server))
+
+
+async def test_an_idle_connection_is_closed_after_a_while(server: House) -> None:
+    bound = IDLE[server.command]
+
+    async def of_http_1() -> None:
+        seconds = await seconds_until_closed(server, get("/health"), bound + SLACK)
+        note("idle, HTTP/1.1", seconds, bound, kind(server))
+
+    async def of_http_2() -> None:
+        async with h2_client(serving.Server(server.port, tls=server.secure)) as client:
+            assert (await client.get("/health")).status == 200
+            began = trio.current_time()
+            await eventually(lambda: client.closed, "the server closes", bound + SLACK)
+            note("idle, HTTP/2", trio.current_time() - began, bound, kind(server))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(of_http_1)
+        nursery.start_soon(of_http_2)
