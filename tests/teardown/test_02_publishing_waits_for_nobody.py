@@ -113,6 +113,47 @@ async def test_one_of_two_may_hang_up_at_any_step_and_the_other_hears_everything
     await act_at_every_step(scenario, lambda: lab.connections[0].hang_up(), check=lab.check)
 
 
+@DIRECT
+@pytest.mark.parametrize("cursor", [None, "e-1", "e-0"], ids=["new", "nearly there", "far behind"])
+async def test_one_who_comes_at_any_step_of_a_round_hears_everything_once(
+    cursor: str | None, direct: bool, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round goes to those who were there when it began; who joins in the middle of it is at its end already."""
+    monkeypatch.setattr(broadcaster, "SLICE", 1)
+    lab = Lab()
+    here = trio.Event()
+
+    async def scenario() -> None:
+        nonlocal here
+        here = trio.Event()
+        lab.begin()
+        lab.publish()
+        late = lab.connect(direct=direct)
+
+        async def come() -> None:
+            await here.wait()
+            await lab.stream(late, cursor)
+
+        async with trio.open_nursery() as requests:
+            requests.start_soon(come)
+            for _ in range(3):
+                requests.start_soon(lab.stream, lab.connect(direct=direct))
+            await wait_all_tasks_blocked()
+            for _ in range(3):
+                lab.sequence += 1
+                lab.hub.publish([lab.event(lab.sequence)])
+                await trio.lowlevel.checkpoint()
+                while lab.hub.deliver():
+                    await trio.lowlevel.checkpoint()
+            here.set()
+            await wait_all_tasks_blocked()
+            lab.hub.drain("shutdown")
+        place = int(late.events[0].id.removeprefix("e-"))
+        assert discoveries(late) == list(range(place + 1, lab.sequence + 1))
+
+    await act_at_every_step(scenario, lambda: here.set(), check=lab.check)
+
+
 async def test_publishing_is_no_place_where_anything_else_could_run(autojump_clock: MockClock) -> None:
     lab = Lab(buffer=2)
     hub = lab.begin()
