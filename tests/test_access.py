@@ -66,6 +66,10 @@ def test_a_request_with_two_lengths_is_refused_and_its_connection_closed() -> No
         ("localhost,127.0.0.1,::1", "[::1]:3000", 200),
         ("localhost,127.0.0.1,::1", "[0:0::1]:3000", 200),
         ("localhost,127.0.0.1,[::1]", "rebound.example:3000", 403),
+        ("127.0.0.1:3000,[::1]:3000", "127.0.0.1:3000", 200),
+        ("127.0.0.1:3000,[::1]:3000", "127.0.0.1:3001", 403),
+        ("127.0.0.1:3000,[::1]:3000", "[::1]:3000", 200),
+        ("127.0.0.1:3000,[::1]:3000", "[::1]:3001", 403),
         ("localhost", "127.0.0.1", 403),
         ("localhost", None, 403),
         ("localhost", "", 403),
@@ -230,6 +234,7 @@ async def test_a_challenge_says_no_more_than_the_rfc_asks_for() -> None:
             'Bearer realm="sse-trio", error="invalid_token", error_description="the token has expired"'
         )
     }
+    assert forbidden("no").status == 403
     assert 'error="insufficient_scope"' in forbidden("no").headers["WWW-Authenticate"]
 
 
@@ -250,6 +255,7 @@ async def test_while_the_keys_have_never_been_read_the_answer_is_to_come_back() 
         ("::1", "[::1]:3000", {}, True),
         ("::ffff:127.0.0.1", "localhost", {}, True),
         ("127.0.0.1", "localhost:3000", {"Origin": "http://localhost:3000"}, True),
+        ("127.0.0.1", "localhost:3000", {"Origin": "https://localhost:3000"}, True),
         ("127.0.0.1", "localhost:3000", {"Sec_Fetch_Site": "same-origin"}, True),
         ("127.0.0.1", "localhost:3000", {"Sec_Fetch_Site": "none"}, True),
         ("192.0.2.1", "localhost", {}, False),

@@ -87,6 +87,7 @@ def test_each_address_and_each_subject_has_its_own_count() -> None:
         ("192.0.2.1", "::ffff:192.0.2.1", True),
         ("2001:db8::1", "2001:db8::ffff:ffff:ffff:ffff", True),
         ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("2001:db8:0:2::1", "2001:db8:0:3::1", False),
         ("2001:DB8::1", "2001:db8::1", True),
         ("/run/a.sock", "/run/a.sock", True),
     ],
