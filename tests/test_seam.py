@@ -22,6 +22,7 @@ from support import payload
 from test_broadcaster import event
 from trio.testing import MockClock
 
+from sse_trio import broadcaster as broadcaster_module
 from sse_trio.backlog import PAGE, Backlog
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import EVERYTHING, Filter
@@ -117,7 +118,7 @@ class World:
                 self.source.first = min(self.source.stored)
             self.broadcaster.publish(batch)
             while self.broadcaster.deliver():
-                await trio.lowlevel.checkpoint()
+                await trio.sleep(self.draw.choice([0, 0.01, 0.2]))
             await trio.sleep(self.draw.choice([0, 0, 0.01, 0.3]))
         self.finished = True
 
@@ -178,6 +179,13 @@ class World:
 
 async def run(seed: int, *, durable: bool) -> tuple[int, int]:
     """Heard and named events of all clients of one run."""
+    # Rounds of a few clients are served in slices too, so that clients come, leave and rejoin in the middle of one.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(broadcaster_module, "SLICE", random.Random(seed).choice([1, 2, 100]))
+        return await run_world(seed, durable=durable)
+
+
+async def run_world(seed: int, *, durable: bool) -> tuple[int, int]:
     world = World(seed, durable=durable)
     clients: list[tuple[Filter, list[ServerSentEvent]]] = [(world.draw.choice([EVERYTHING, ODD]), []) for _ in range(4)]
     with trio.fail_after(100_000):
