@@ -132,7 +132,7 @@ async def test_head_gets_no_body(certificate: str, secure: bool) -> None:
         assert body == b""
 
 
-async def test_a_stream_under_tls_goes_through_hypercorn(certificate: str) -> None:
+async def test_a_stream_under_tls_is_written_in_chunks_too(certificate: str) -> None:
     async def script(connection: Connection) -> None:
         assert connection.is_tls
         assert not connection.can_write_now

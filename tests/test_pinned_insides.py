@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import h11
@@ -27,7 +28,7 @@ import trio
 from hypercorn.config import Config
 from serving import FRAME, Gate, get, h2_client, read_until, serving
 
-from sse_trio.connection import Connection, Worker
+from sse_trio.connection import Worker
 from sse_trio.hypercorn_connection import _is_chunked
 
 HTTPStream = hypercorn.protocol.http_stream.HTTPStream
@@ -43,62 +44,69 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-async def a_connection(http2: bool) -> Connection:
-    """The connection of a stream that stood on a real server a moment ago."""
+@asynccontextmanager
+async def a_connection(http2: bool) -> AsyncIterator[Any]:
+    """The connection of a stream that stands on a real server."""
     gate = Gate()
     async with serving(gate.stand) as server:
         if http2:
             async with h2_client(server) as client:
                 number = await client.request("/stream")
                 await client.until(lambda: client.answers[number].body == FRAME, "the stream stands")
+                yield gate.connection
         else:
             async with await server.connect() as peer:
                 await peer.send_all(get("/stream"))
                 await read_until(peer, FRAME)
-    assert gate.connection is not None
-    return gate.connection
+                yield gate.connection
 
 
 async def test_the_walk_down_from_send_to_the_socket_over_http_1_1() -> None:
-    connection: Any = await a_connection(http2=False)
-    assert type(connection).__name__ == "_H11Connection", "send → HTTPStream → H11Protocol → TCPServer → .stream"
-    http, protocol = connection._http, connection._protocol
-    assert connection._send.__self__ is http
-    assert connection._send.__func__ is HTTPStream.app_send
-    assert http.send.__self__ is protocol
-    server = protocol.send.__self__
-    assert type(server) is TCPServer
-    assert server.stream is connection._transport, "TCPServer reads and writes through its attribute `stream`, always"
-    assert type(connection._transport.stream) is trio.SocketStream
-    assert http.context is server.context, "the worker's context"
-    assert http.closed is True, "closed says that the peer is gone"
-    assert type(http.state) is hypercorn.protocol.http_stream.ASGIHTTPState, "state says how far the response has come"
-    assert http.config.log.access_logger is None, "the only one that looks at the headers of scope and response again"
-    assert http.scope["headers"] == []
-    assert http.response["headers"] == []
-    assert callable(http.app_put), "app_put is how Hypercorn's reader tells the app of what came"
-    assert type(protocol.task_group) is TaskGroup
-    assert callable(protocol.can_read.set), "what the reader waits for when its peer has spoken early"
-    assert isinstance(protocol.connection, h11.Connection)
-    assert protocol.connection.trailing_data == (b"", True), "what came after the request"
+    async with a_connection(http2=False) as connection:
+        assert type(connection).__name__ == "_H11Connection", "send → HTTPStream → H11Protocol → TCPServer → .stream"
+        http, protocol = connection._http, connection._protocol
+        assert connection._send.__self__ is http
+        assert connection._send.__func__ is HTTPStream.app_send
+        assert http.send.__self__ is protocol
+        server = protocol.send.__self__
+        assert type(server) is TCPServer
+        assert server.stream is connection._transport, (
+            "TCPServer reads and writes through its attribute `stream`, always"
+        )
+        assert type(connection._transport.stream) is trio.SocketStream
+        assert http.context is server.context, "the worker's context"
+        assert http.closed is False, "closed says that the peer is gone"
+        assert type(http.state) is hypercorn.protocol.http_stream.ASGIHTTPState, (
+            "state says how far the response has come"
+        )
+        assert http.config.log.access_logger is None, (
+            "the only one that looks at the headers of scope and response again"
+        )
+        assert http.scope["headers"] == []
+        assert http.response["headers"] == []
+        assert callable(http.app_put), "app_put is how Hypercorn's reader tells the app of what came"
+        assert type(protocol.task_group) is TaskGroup
+        assert callable(protocol.can_read.set), "what the reader waits for when its peer has spoken early"
+        assert isinstance(protocol.connection, h11.Connection)
+        assert protocol.connection.trailing_data == (b"", False), "what came after the request"
 
 
 async def test_the_walk_down_from_send_to_the_socket_over_http_2() -> None:
-    connection: Any = await a_connection(http2=True)
-    assert type(connection).__name__ == "_H2Connection", "send → HTTPStream → H2Protocol → TCPServer → .stream"
-    http, protocol = connection._http, connection._protocol
-    assert protocol.send.__self__.stream is connection._transport
-    assert http.stream_id == 1
-    assert isinstance(protocol.stream_buffers, dict), "what each stream has not sent"
-    assert isinstance(protocol.streams, dict), "the streams that are open; __missing__ stands for those that were"
-    assert protocol.keep_alive_requests < -1_000_000, "it counts the requests of this connection, against GOAWAY"
-    assert protocol.config.h2_max_concurrent_streams == Config.h2_max_concurrent_streams == 100
-    assert protocol.connection.local_settings.max_concurrent_streams == 1000
-    assert parameters(protocol._close_stream) == ["stream_id"]
-    assert parameters(protocol._window_updated) == ["stream_id"]
-    assert parameters(protocol._flush) == []
-    assert parameters(protocol.task_group.spawn) == ["func", "args"]
-    assert parameters(protocol.connection.reset_stream) == ["stream_id", "error_code"]
+    async with a_connection(http2=True) as connection:
+        assert type(connection).__name__ == "_H2Connection", "send → HTTPStream → H2Protocol → TCPServer → .stream"
+        http, protocol = connection._http, connection._protocol
+        assert protocol.send.__self__.stream is connection._transport
+        assert http.stream_id == 1
+        assert isinstance(protocol.stream_buffers, dict), "what each stream has not sent"
+        assert isinstance(protocol.streams, dict), "the streams that are open; __missing__ stands for those that were"
+        assert protocol.keep_alive_requests < -1_000_000, "it counts the requests of this connection, against GOAWAY"
+        assert protocol.config.h2_max_concurrent_streams == Config.h2_max_concurrent_streams == 100
+        assert protocol.connection.local_settings.max_concurrent_streams == 1000
+        assert parameters(protocol._close_stream) == ["stream_id"]
+        assert parameters(protocol._window_updated) == ["stream_id"]
+        assert parameters(protocol._flush) == []
+        assert parameters(protocol.task_group.spawn) == ["func", "args"]
+        assert parameters(protocol.connection.reset_stream) == ["stream_id", "error_code"]
 
 
 async def test_the_buffer_of_an_http_2_stream() -> None:
