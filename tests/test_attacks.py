@@ -334,7 +334,7 @@ async def test_ten_thousand_half_open_connections_cost_little_and_are_gone_soon(
             await client.next("connected")
             before = open_files(server)
             flood = connections(count, server.port)
-            await eventually(lambda: open_files(server) > before + 1000, "they have arrived")
+            await eventually(lambda: open_files(server) > before + min(1000, count // 2), "they have arrived")
             await nats.publish(("discoveries.insights", payload(1)))
             await client.next("discovery", within=5)
             assert await server.is_live(), "others are served meanwhile"
