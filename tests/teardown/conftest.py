@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import structlog
+from teardown.house import House
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +17,12 @@ def _no_log() -> Iterator[None]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield
     structlog.configure(**configured)
+
+
+@pytest.fixture
+async def server(shared: House) -> AsyncIterator[House]:
+    """The server that the file shares; after the test it must be as it was before."""
+    assert await shared.clients() == []
+    before = await shared.settled()
+    yield shared
+    await shared.as_before(before)

@@ -9,6 +9,8 @@ kernel makes of it is in 11 and 12.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 from teardown.lab import Lab, discoveries
@@ -54,8 +56,19 @@ async def test_a_reader_that_stops_is_gone_after_exactly_the_timeout_and_may_be_
     assert report.steps > 20
 
 
+def hang_up(lab: Lab) -> None:
+    lab.connections[0].hang_up()
+
+
+def drain(lab: Lab) -> None:
+    lab.hub.drain("shutdown")
+
+
 @DIRECT
-async def test_an_eviction_and_a_hang_up_may_meet_at_any_step(direct: bool, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("strike", [hang_up, drain])
+async def test_an_eviction_may_meet_at_any_step_with(
+    strike: Callable[[Lab], None], direct: bool, autojump_clock: MockClock
+) -> None:
     lab = Lab(buffer=4)
 
     async def scenario() -> None:
@@ -68,24 +81,7 @@ async def test_an_eviction_and_a_hang_up_may_meet_at_any_step(direct: bool, auto
             await lab.publish_one_by_one(5)
         assert trio.current_time() - began <= TIMEOUT
 
-    await act_at_every_step(scenario, lambda: lab.connections[0].hang_up(), check=lab.check)
-
-
-@DIRECT
-async def test_an_eviction_and_a_drain_may_meet_at_any_step(direct: bool, autojump_clock: MockClock) -> None:
-    lab = Lab(buffer=4)
-
-    async def scenario() -> None:
-        lab.begin()
-        connection = lab.connect(window=300, direct=direct, timeout=TIMEOUT)
-        began = trio.current_time()
-        async with trio.open_nursery() as request:
-            request.start_soon(lab.stream, connection)
-            await wait_all_tasks_blocked()
-            await lab.publish_one_by_one(5)
-        assert trio.current_time() - began <= TIMEOUT
-
-    await act_at_every_step(scenario, lambda: lab.hub.drain("shutdown"), check=lab.check)
+    await act_at_every_step(scenario, lambda: strike(lab), check=lab.check)
 
 
 async def test_a_failure_at_any_await_of_one_stream_ends_that_stream_and_nothing_else(

@@ -11,7 +11,7 @@ bounded shield.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 import serving
@@ -29,14 +29,6 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name, secure = request.param
     with house(tmp_path_factory.mktemp("house"), name, secure=secure) as made:
         yield made
-
-
-@pytest.fixture
-async def server(shared: House) -> AsyncIterator[House]:
-    """The shared server; after the test it must be as it was before."""
-    before = await shared.settled()
-    yield shared
-    await shared.as_before(before)
 
 
 async def seconds_until_closed(server: House, request: bytes, within: float) -> float:

@@ -42,15 +42,6 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield made
 
 
-@pytest.fixture
-async def server(shared: House) -> AsyncIterator[House]:
-    """The shared server; after the test it must be as it was before."""
-    assert await shared.clients() == []
-    before = await shared.settled()
-    yield shared
-    await shared.as_before(before)
-
-
 async def read_all(stream: RawStream, count: int) -> float:
     """Read so many discoveries; when the last one was there."""
     await stream.take(count)

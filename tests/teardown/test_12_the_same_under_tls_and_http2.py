@@ -11,7 +11,7 @@ And where one gives a connection up, one gives up every healthy stream that shar
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import h2.errors
 import pytest
@@ -28,15 +28,6 @@ FLOOD = 300
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     with house(tmp_path_factory.mktemp("house"), request.param, secure=True) as made:
         yield made
-
-
-@pytest.fixture
-async def server(shared: House) -> AsyncIterator[House]:
-    """The shared server; after the test it must be as it was before."""
-    assert await shared.clients() == []
-    before = await shared.settled()
-    yield shared
-    await shared.as_before(before)
 
 
 def path_for(agent_id: str) -> str:

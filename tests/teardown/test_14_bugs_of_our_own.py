@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
-from support import BIN, NatsServer, eventually, free_port, listen, payload, run_server
+from support import BIN, NatsServer, Server, eventually, free_port, listen, payload, run_server
 from teardown.house import COMMANDS, note
 
 BUGS = {
@@ -63,21 +65,27 @@ def command_with_bug(where: str, name: str, port: int, directory: Path) -> tuple
     return (sys.executable, "-c", script, "serve", "--bind", f"127.0.0.1:{port}")
 
 
+@asynccontextmanager
+async def server_with_bug(where: str, name: str, nats: NatsServer, directory: Path) -> AsyncIterator[Server]:
+    port = free_port()
+    async with run_server(
+        directory,
+        nats_url=nats.url,
+        port=port,
+        command=command_with_bug(where, name, port, directory),
+        env={"PYTHONPATH": os.pathsep.join([str(directory), os.getcwd()])},
+    ) as server:
+        await eventually(server.is_live, "the feed is live")
+        yield server
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("where", ["the feed", "the broadcaster"])
 async def test_a_bug_in_it_ends_the_process_with_its_own_exception(
     where: str, name: str, core_nats: NatsServer, tmp_path: Path
 ) -> None:
-    port = free_port()
-    async with run_server(
-        tmp_path,
-        nats_url=core_nats.url,
-        port=port,
-        command=command_with_bug(where, name, port, tmp_path),
-        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])},
-    ) as server:
-        await eventually(server.is_live, "the feed is live")
-        async with listen(port) as stream:
+    async with server_with_bug(where, name, core_nats, tmp_path) as server:
+        async with listen(server.port) as stream:
             await stream.next("connected")
             began = trio.current_time()
             await core_nats.publish(("discoveries.insights", payload(content="unlucky")))
@@ -92,22 +100,17 @@ async def test_a_bug_in_it_ends_the_process_with_its_own_exception(
 async def test_a_bug_in_one_stream_ends_that_one_and_nothing_else(
     name: str, core_nats: NatsServer, tmp_path: Path
 ) -> None:
-    port = free_port()
-    async with run_server(
-        tmp_path,
-        nats_url=core_nats.url,
-        port=port,
-        command=command_with_bug("a stream", name, port, tmp_path),
-        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])},
-    ) as server:
-        await eventually(server.is_live, "the feed is live")
-        async with listen(port, "lucky") as lucky, listen(port, "unlucky") as unlucky:
-            await lucky.next("connected")
-            await unlucky.read_to_end()
-            assert not unlucky.ended, "a stream that failed does not look as if it had ended"
-            await core_nats.publish(("discoveries.insights", payload()))
-            await lucky.next("discovery")
-            assert server.process.poll() is None
-            assert "a bug in a stream" in server.output
-            _, answer = await server.get("/clients")
-            assert [client["agent_id"] for client in answer["clients"]] == ["lucky"]
+    async with (
+        server_with_bug("a stream", name, core_nats, tmp_path) as server,
+        listen(server.port, "lucky") as lucky,
+        listen(server.port, "unlucky") as unlucky,
+    ):
+        await lucky.next("connected")
+        await unlucky.read_to_end()
+        assert not unlucky.ended, "a stream that failed does not look as if it had ended"
+        await core_nats.publish(("discoveries.insights", payload()))
+        await lucky.next("discovery")
+        assert server.process.poll() is None
+        assert "a bug in a stream" in server.output
+        _, answer = await server.get("/clients")
+        assert [client["agent_id"] for client in answer["clients"]] == ["lucky"]
