@@ -26,6 +26,7 @@ import trustme
 from chromium import run_chromium
 from http2 import Http2Stream
 from support import WITHIN, NatsServer, RawStream, Server, eventually, free_port, payload, run_server
+from test_attacks import SECRET, token
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "proxies.md"
 
@@ -376,3 +377,48 @@ async def test_a_browser_behind_the_proxy_lives_through_a_restart_of_the_server_
     print(f"\n{name} to Chromium: largest delay {max(delays) * 1000:.1f} ms")
     numbers = [int(cursor.rsplit("-", 1)[1]) for cursor, _ in at_last["events"]]
     assert numbers == list(range(numbers[0], numbers[0] + 10))
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_a_browser_presents_its_token_in_the_secure_cookie_and_gets_nothing_without(
+    nats: NatsServer, tmp_path: Path, name: str
+) -> None:
+    env = TRUSTED | {"SSE_JWT_SECRET": SECRET, "SSE_ALLOWED_ORIGINS": "https://app.example"}
+    cookie = {"name": "__Secure-sse_trio", "secure": True, "httpOnly": True, "sameSite": "Strict"}
+    stream = "/discoveries/stream?agent_id=a-1"
+
+    async def seen() -> dict[str, Any]:
+        return dict(await chromium.do(lambda: page.evaluate("() => window.seen")))
+
+    async def is_refused() -> bool:
+        return bool((await seen())["closed"])
+
+    async def has_an_event() -> bool:
+        return bool((await seen())["events"])
+
+    with run_chromium() as chromium:
+        window = await chromium.do(lambda: chromium.browser.new_context(ignore_https_errors=True))
+        page = await chromium.do(window.new_page)
+        async with (
+            run_server(tmp_path, nats_url=nats.url, env=env) as server,
+            proxy(name, tmp_path / name, server.port) as front,
+        ):
+            await eventually(server.is_live, "the feed is live")
+            await chromium.do(lambda: page.goto(f"{front.url}/livez"))
+            await chromium.do(lambda: page.evaluate(PAGE, stream))
+            await eventually(is_refused, "who has no token is refused")
+            value = token(agent_ids=["a-*"], subjects=["discoveries.insights"])
+            given: Any = [cookie | {"value": value, "url": front.url}]
+            await chromium.do(lambda: window.add_cookies(given))
+            await chromium.do(lambda: page.evaluate(PAGE, stream))
+            await eventually(lambda: "client connected" in server.output, "the browser is connected")
+            await nats.publish(("discoveries.questions", payload(1)), ("discoveries.insights", payload(2)))
+            await eventually(has_an_event, "it hears what it may")
+            # Its own page may share, but not with the cookie: that counts for GET only.
+            share = (
+                "body => fetch('/discoveries', {method: 'POST', headers: {'Content-Type': 'application/json'}, body})"
+            )
+            status = await chromium.do(lambda: page.evaluate(f"async body => (await ({share})(body)).status", "{}"))
+            assert status == 401
+            assert len((await seen())["events"]) == 1
+            assert value not in server.output
