@@ -6,11 +6,14 @@ Strategy: a command checks what it was given, opens what it needs, and hands ove
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -182,6 +185,8 @@ def demo(bind: str) -> None:
                 click.echo(
                     f"The live page:  {url}/\n"
                     f"The stream:     curl -N '{url}/discoveries/stream?agent_id=me'\n"
+                    f"Follow it:      {own_name()} tail {url}\n"
+                    f"Share one:      NATS_URL={nats.url} {own_name()} share 'hello from me'\n"
                     "Ctrl-C ends it."
                 )
             async with trio.open_nursery() as beside:
@@ -192,6 +197,14 @@ def demo(bind: str) -> None:
 
     with told_in_one_line(), listening(bind) as bound:
         trio.run(show, bound)
+
+
+def own_name() -> str:
+    """What one types to run this command from here."""
+    if shutil.which("sse-trio") is not None:
+        return "sse-trio"
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "sse-trio" else [sys.executable, "-m", "sse_trio"]
+    return shlex.join(program)
 
 
 def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:

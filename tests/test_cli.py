@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from hypercorn.utils import LifespanFailureError
 from support import BIN, WITHIN, NatsServer, a_discovery, eventually, fail_within, listen, run_server
 
 import sse_trio
-from sse_trio.cli import causes, demo_environment, main, told_in_one_line
+from sse_trio.cli import causes, demo_environment, main, own_name, told_in_one_line
 from sse_trio.discovery import build
 from sse_trio.nats_feed import FeedError
 from sse_trio.nats_protocol import NatsError
@@ -284,6 +286,23 @@ def test_the_demo_answers_loopback_names_and_never_to_another_nats() -> None:
     assert settings.buffer == 7
     assert (settings.nats_subject, settings.nats_creds) == ("discoveries.>", None)
     assert settings.nats_stream_max_bytes == 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("program", "on_path", "said"),
+    [
+        (".venv/bin/sse-trio", None, ".venv/bin/sse-trio"),
+        (".venv/bin/sse-trio", "/usr/bin/sse-trio", "sse-trio"),
+        ("/a b/sse-trio", None, "'/a b/sse-trio'"),
+        ("/x/sse_trio/__main__.py", None, f"{shlex.quote(sys.executable)} -m sse_trio"),
+    ],
+)
+def test_it_calls_itself_as_one_can_call_it_from_here(
+    program: str, on_path: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(shutil, "which", lambda name: on_path)
+    assert own_name() == said
 
 
 def test_the_demos_hosts_and_its_log_can_be_said_otherwise() -> None:

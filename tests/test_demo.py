@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from support import BIN, WITHIN, eventually, free_port, listen, request
 
 ENDS_WITHIN = 2.0
@@ -99,6 +101,23 @@ async def test_it_prints_a_page_that_answers_and_three_agents_are_heard(tmp_path
                 agents |= {name for name in ("security-001", "performance-002", "research-003") if name in told.data}
                 assert agents
         assert "{" not in shown.output, "a demo without trouble logs nothing"
+
+
+async def test_the_commands_that_it_prints_are_heard_and_followed_as_they_stand(tmp_path: Path) -> None:
+    async with demo(tmp_path) as shown:
+        await shown.is_shown()
+        commands = dict(re.findall(r"^(Follow it|Share one): +(.*)$", shown.output, re.MULTILINE))
+        with (tmp_path / "followed").open("wb") as output:
+            follower = subprocess.Popen(shlex.split(commands["Follow it"]), stdout=output, stderr=output)
+        try:
+            followed = tmp_path / "followed"
+            await eventually(lambda: b"connected as tail" in followed.read_bytes(), "tail is connected")
+            shared = await trio.run_process(commands["Share one"], shell=True, capture_stdout=True)
+            assert b"-Insight-hello-from-me" in shared.stdout
+            await eventually(lambda: b"hello from me" in followed.read_bytes(), "tail shows what was shared")
+        finally:
+            follower.kill()
+            follower.wait()
 
 
 async def test_ctrl_c_gives_the_prompt_back_and_leaves_nothing(tmp_path: Path) -> None:
