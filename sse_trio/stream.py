@@ -332,7 +332,7 @@ class EventStream(ConnectionResponse):
             client.position = min(bounds[0], upto) - 1
             await self._tell_gap(client, connection, "expired", None)
         client.position = max(client.position, page.last)
-        frames = [frame for frame in following if self.filter.matches(frame)]
+        frames = following if self.filter.is_open else [frame for frame in following if self.filter.matches(frame)]
         step = READ_FULL_FRAMES if self.filter.full else READ_FRAMES
         for start in range(0, len(frames), step):
             await self._write_frames(client, connection, frames[start : start + step])
@@ -353,8 +353,8 @@ class EventStream(ConnectionResponse):
         alive_at = client.wrote_at + self.settings.keepalive_interval
         with trio.move_on_at(min(alive_at, ends_at)) as scope:
             await client.wait()
-        if not scope.cancelled_caught:
-            return True
+        if not scope.cancelled_caught or client.queued:
+            return True  # also what was queued between the timer's end and now goes before any cursor
         now = trio.current_time()
         if now >= ends_at:
             client.end(ends_as)
