@@ -248,7 +248,8 @@ def assert_nothing_left(before: frozenset[Task]) -> None:
         AssertionError: names each such task and shows the await at which it stands.
     """
     left = living_tasks() - before
-    assert not left, f"still running:\n{_where(_stands(left))}"
+    if left:
+        raise AssertionError(f"still running:\n{_where(_stands(left))}")
 
 
 @dataclass(frozen=True)
@@ -479,7 +480,8 @@ def _watched_async_generators() -> Iterator[Callable[[], None]]:
     def look() -> None:
         alive = [generator for reference in begun if (generator := reference()) is not None]
         names = collected + [name(one) for one in alive if getattr(one, "ag_frame", None) is not None]
-        assert not names, f"an async generator was left to the garbage collector: {', '.join(names)}"
+        if names:
+            raise AssertionError(f"an async generator was left to the garbage collector: {', '.join(names)}")
 
     sys.set_asyncgen_hooks(firstiter=firstiter, finalizer=finalizer)
     try:
