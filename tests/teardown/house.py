@@ -223,9 +223,12 @@ def house(
         yield made
     finally:
         if process is not None:
-            if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait()
         nats.kill()
 
 
