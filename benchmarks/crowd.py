@@ -34,6 +34,12 @@ FRESH = 0.5
 READ_BYTES = 1 << 18
 
 
+def number_of(frame: bytes) -> int | None:
+    """The number that its publisher gave the discovery that this announces."""
+    found = STAMP.search(frame)
+    return None if found is None else int(found[1])
+
+
 @dataclass
 class Books:
     """What one client heard."""
@@ -77,12 +83,17 @@ class Crowd:
         self.until: int | None = None
         self.by_fd: dict[int, Reader] = {}
         self.epoll = select.epoll()
-        self.epoll.register(0, select.EPOLLIN)
         self.commands = b""
         self.said_ready = False
         self.began = time.monotonic()
         self.expected: list[bytes] = []
         """The sequences as they stand in ids, by their number."""
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.epoll.close()
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -151,7 +162,9 @@ class Crowd:
                 reader.last += len(ids)
                 reader.books.delivered += len(ids)
                 reader.cursor = f"{prefix.decode()}-{reader.last}"
-                self.stamped(reader, whole, rest[-2] if len(ids) > 1 else first)
+                last = rest[-2] if len(ids) > 1 else first
+                reader.books.foreign += number_of(last) != reader.last
+                self.stamped(reader, whole, last)
                 return
         for found in FRAME.finditer(whole):
             self.frame(reader, *found.groups())
@@ -167,6 +180,7 @@ class Crowd:
         sequence = int(id.rpartition(b"-")[2])
         if event == b"discovery":
             books.delivered += 1
+            books.foreign += number_of(data) != sequence
             if sequence <= reader.last:
                 books.disordered += 1
             elif not self.options.filtered:
@@ -188,9 +202,7 @@ class Crowd:
         found = STAMP.findall(whole if self.options.latencies else last)
         if not found:
             return
-        number, stamp = found[-1]
-        if int(number) != reader.last and not self.options.filtered:
-            reader.books.foreign += 1
+        stamp = found[-1][1]
         if reader.live_at is None and now - int(stamp) < FRESH * 1e9:
             reader.live_at = now / 1e9
         if self.options.latencies:
@@ -235,6 +247,7 @@ class Crowd:
 
     def run(self) -> None:
         """Until they have got to where they were asked to, or nobody asks any more."""
+        self.epoll.register(0, select.EPOLLIN)
         while True:
             now = time.monotonic()
             missing = False
@@ -268,7 +281,7 @@ class Crowd:
                         self.read(reader, limit)
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crowd")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--clients", type=int, default=1)
@@ -279,7 +292,12 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two such reads")
     parser.add_argument("--filtered", action="store_true", help="what is not for them is not missed")
     parser.add_argument("--latencies", action="store_true", help="take the time of every event")
-    Crowd(parser.parse_args()).run()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    with Crowd(arguments()) as crowd:
+        crowd.run()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Strategy: the stream is read in pages that begin at multiples of `PAGE`, so that clients on their way through the same
 past ask for the same pages. One read of a page is in flight at most; everybody who wants the page waits for it, and it
-is decoded and encoded once. Full pages never change and are kept for a while, bounded by bytes.
+is decoded and encoded once. Pages are kept for a while, bounded by bytes; full ones never change.
 
 A read belongs to the connection (it runs in the nursery given to `open`), never to the client who asked first, so a
 client that leaves takes nothing from the others. While the feed is away, readers wait; a read that a dying connection
@@ -23,7 +23,7 @@ import structlog
 import trio
 
 from sse_trio.discovery import InvalidDiscovery, decode
-from sse_trio.history import Frame
+from sse_trio.history import FRAME_OVERHEAD, Frame
 from sse_trio.nats_protocol import NatsError
 from sse_trio.rounds import Arrived, FeedCounters
 from sse_trio.subjects import matches
@@ -45,8 +45,8 @@ RETRY = 0.2
 READS_AT_ONCE = 4
 """Different pages that are read at the same time."""
 
-DECODED_AT_ONCE = 100
-"""Messages that are decoded before other tasks may run."""
+DECODED_AT_ONCE = 20
+"""Messages that are decoded before other tasks may run: it takes a live event several turns to get through."""
 
 ENDS = frozenset({"unreachable", "frozen", "closed"})
 """Reasons of a dead connection, of which the feed tells."""
@@ -88,6 +88,15 @@ class Page:
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A page in the cache, and its bytes; `at_end` when the stream had no more."""
+
+    page: Page
+    size: int
+    at_end: bool
+
+
 class _Read:
     """A read in flight."""
 
@@ -118,7 +127,7 @@ class Backlog:
         self._opened: _Opened | None = None
         self._changed = trio.Event()
         self._limit = trio.Semaphore(READS_AT_ONCE)
-        self._pages: OrderedDict[int, tuple[Page, int]] = OrderedDict()
+        self._pages: OrderedDict[int, _Kept] = OrderedDict()
         self._bytes = 0
         self._epoch: str | None = None
         self._incarnation = 0
@@ -126,7 +135,7 @@ class Backlog:
         self._bounds_until = -1.0
         self._holes = 0
         """Pages with a hole that were read; bounds that were asked before one of them may be too old for it."""
-        self._asking = trio.Lock()
+        self._asking: trio.Event | None = None
 
     # -- the feed's side ---------------------------------------------------------------------------------------------
 
@@ -159,25 +168,37 @@ class Backlog:
 
     async def bounds(self) -> tuple[int, int] | None:
         """The stream's first and last sequence, at most a second old; None while that cannot be known."""
-        async with self._asking:
+        await trio.lowlevel.checkpoint()
+        while True:
             opened = self._opened
             if opened is None:
                 return None
             if trio.current_time() < self._bounds_until:
                 return self._bounds
-            holes = self._holes
-            try:
-                info = await opened.source.info()
-            except NatsError:
-                info = None
-            if opened is not self._opened:
-                return None
-            known = info is not None and info.epoch == opened.epoch
-            # That it is not known is remembered for a while, too: those who wait behind must not all wait for it again.
-            self._bounds = (info.first, info.last) if known and info is not None else None
-            if holes == self._holes:
-                self._bounds_until = trio.current_time() + (BOUNDS_AGE if known else RETRY)
-            return self._bounds
+            if self._asking is None:
+                return await self._ask(opened)
+            # All at once, when the answer is there: a lock would be handed on from one to the next for a thousand.
+            await self._asking.wait()
+
+    async def _ask(self, opened: _Opened) -> tuple[int, int] | None:
+        """Ask the stream for its bounds, for all who want to know."""
+        asking = self._asking = trio.Event()
+        holes = self._holes
+        try:
+            info = await opened.source.info()
+        except NatsError:
+            info = None
+        finally:
+            self._asking = None
+            asking.set()
+        if opened is not self._opened:
+            return None
+        known = info is not None and info.epoch == opened.epoch
+        # That it is not known is remembered for a while, too: those who wait behind must not all wait for it again.
+        self._bounds = (info.first, info.last) if known and info is not None else None
+        if holes == self._holes:
+            self._bounds_until = trio.current_time() + (BOUNDS_AGE if known else RETRY)
+        return self._bounds
 
     async def read(self, after: int) -> Page:
         """The page in which the frames that follow `after` are; its `last` is always above `after`.
@@ -190,7 +211,7 @@ class Backlog:
         await self._ready()
         incarnation = self._incarnation
         while True:
-            page = await self._page(start)
+            page = await self._page(start, after)
             if self._incarnation != incarnation:
                 return Page([], after)
             if page.last > after:
@@ -259,13 +280,17 @@ class Backlog:
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
-    async def _page(self, start: int) -> Page:
-        """The page of the frames that follow `start`: from the cache, or from the read that is in flight, or read."""
+    async def _page(self, start: int, after: int) -> Page:
+        """The page of the frames that follow `start`: from the cache, or from the read that is in flight, or read.
+
+        One that the end of the stream cut short is read again when it has nothing that follows `after`.
+        """
         while True:
             opened = await self._ready()
-            if start in self._pages:
+            kept = self._pages.get(start)
+            if kept is not None and (kept.page.last > after or not kept.at_end):
                 self._pages.move_to_end(start)
-                return self._pages[start][0]
+                return kept.page
             read = opened.reads.get(start)
             if read is None:
                 read = opened.reads[start] = _Read()
@@ -307,7 +332,7 @@ class Backlog:
             self._holes += 1
             self._bounds_until = -1.0
         frames = []
-        size = 0
+        size = FRAME_OVERHEAD  # a page without frames takes room, too
         for count, message in enumerate(stored, 1):
             if (frame := _frame(opened.epoch, message)) is not None:
                 frames.append(frame)
@@ -315,8 +340,8 @@ class Backlog:
             if count % DECODED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
         page = Page(frames, last)
-        if opened is self._opened and not at_end and start not in self._pages:
-            self._keep(start, page, size)
+        if opened is self._opened and last > start:
+            self._keep(start, _Kept(page, size, at_end))
         return page
 
     async def _up_to_hole(self, opened: _Opened, stored: Sequence[Arrived]) -> Sequence[Arrived]:
@@ -345,12 +370,14 @@ class Backlog:
         following = await opened.source.next(last + 1)
         return head if following is None or following[0] > head else last
 
-    def _keep(self, start: int, page: Page, size: int) -> None:
-        self._pages[start] = page, size
-        self._bytes += size
+    def _keep(self, start: int, kept: _Kept) -> None:
+        if (replaced := self._pages.pop(start, None)) is not None:
+            self._bytes -= replaced.size
+        self._pages[start] = kept
+        self._bytes += kept.size
         while self._bytes > CACHE_BYTES and len(self._pages) > 1:
-            _, (_, freed) = self._pages.popitem(last=False)
-            self._bytes -= freed
+            _, oldest = self._pages.popitem(last=False)
+            self._bytes -= oldest.size
 
     def __repr__(self) -> str:
         state = "open" if self._opened is not None else "closed"

@@ -234,6 +234,7 @@ async def test_failures_are_tried_again_and_bounds_are_unknown_meanwhile(
                 lambda: backlog.read_before(11),
                 lambda: backlog.read(0),
             ):
+                backlog._pages.clear()
                 stream.failures = [NatsError(reason, "no") for reason in ("timeout", "stream", "unreachable")]
                 assert await wanted()
                 assert stream.failures == []
@@ -380,6 +381,71 @@ async def test_a_hole_that_retention_made_while_a_page_was_read_is_where_the_nex
         assert await backlog.bounds() == (240, 700)
 
 
+async def test_the_last_page_is_kept_for_those_to_whom_it_has_something_to_give(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    stream = FakeStream(range(1, 701))
+    async with reading(stream) as (backlog, _):
+        for after in (500, 500, 600, 699):
+            assert sequences(await backlog.read(after)) == list(range(501, 701))
+        assert stream.reads == [501]
+        stream.messages |= {number: payload(number) for number in range(701, 1001)}
+        assert sequences(await backlog.read(699)) == list(range(501, 701))
+        assert stream.reads == [501]
+        for after in (700, 800, 500):
+            assert sequences(await backlog.read(after)) == list(range(501, 1001))
+        assert stream.reads == [501, 501]
+        assert backlog._bytes == sum(kept.size for kept in backlog._pages.values())
+
+
+async def test_a_crowd_that_asks_for_the_bounds_is_answered_together(autojump_clock: trio.testing.MockClock) -> None:
+    stream = FakeStream(range(1, 11))
+    stream.gate = trio.Event()
+    answers: list[tuple[int, int] | None] = []
+    async with reading(stream) as (backlog, _), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            answers.append(await backlog.bounds())
+
+        for _ in range(100):
+            nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        stream.gate.set()
+        turns = 0
+        while len(answers) < 100:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+        assert turns < 10
+        assert set(answers) == {(1, 10)}
+        assert stream.infos == 1
+
+
+async def test_who_asks_for_the_bounds_may_leave_and_another_asks_instead(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    stream = FakeStream(range(1, 11))
+    stream.gate = trio.Event()
+    answers: list[tuple[int, int] | None] = []
+    async with reading(stream) as (backlog, _), trio.open_nursery() as nursery:
+
+        async def ask(scope: trio.CancelScope) -> None:
+            with scope:
+                answers.append(await backlog.bounds())
+
+        scopes = [trio.CancelScope() for _ in range(5)]
+        nursery.start_soon(ask, scopes[0])
+        await trio.testing.wait_all_tasks_blocked()
+        for scope in scopes[1:]:
+            nursery.start_soon(ask, scope)
+        await trio.testing.wait_all_tasks_blocked()
+        scopes[0].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert stream.infos == 2
+        stream.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert answers == [(1, 10)] * 4
+
+
 async def test_pages_are_kept_within_bounds_and_the_least_wanted_go_first(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +457,7 @@ async def test_pages_are_kept_within_bounds_and_the_least_wanted_go_first(
             await backlog.read(start)
         assert list(backlog._pages) == [1000, 1500, 0]
         assert backlog._bytes <= backlog_module.CACHE_BYTES
-        assert backlog._bytes == sum(size for _, size in backlog._pages.values())
+        assert backlog._bytes == sum(kept.size for kept in backlog._pages.values())
 
 
 async def test_reading_backwards_comes_by_everything_once(autojump_clock: trio.testing.MockClock) -> None:
