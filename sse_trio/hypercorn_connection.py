@@ -393,7 +393,8 @@ def contain_failures() -> None:
 
     Some bytes that any client can send make Hypercorn's reader raise, and its nursery then takes down all connections
     and the process: a path that is not ASCII over HTTP/2, a WebSocket handshake with a body, DATA after the answer.
-    Nothing below an ASGI `send` can be reached before the first request, so this replaces `TCPServer.run`, once.
+    Nothing below an ASGI `send` can be reached before the first request, so this replaces `TCPServer.run`, once. And
+    `_read_data`: a connection whose peer has left, before its first request or between two, is closed at once.
     """
     run = TCPServer.run
     if getattr(run, "contains_failures", False):
@@ -412,5 +413,13 @@ def contain_failures() -> None:
             # looks at everything that ten thousand clients hold, comes round to them.
             vars(server).clear()
 
+    read = TCPServer._read_data
+
+    async def read_to_the_end(server: TCPServer) -> None:
+        await read(server)
+        # The peer has left. Hypercorn would wait for the end of the keep-alive time with the socket open.
+        await server.idle_task.stop()
+
     contained.contains_failures = True  # type: ignore[attr-defined]
     TCPServer.run = contained  # type: ignore[assignment, method-assign]
+    TCPServer._read_data = read_to_the_end  # type: ignore[assignment, method-assign]

@@ -18,7 +18,7 @@ import serving
 import trio
 from serving import get, h2_client
 from support import eventually, fail_within
-from teardown.house import COMMANDS, IDLE, SLACK, House, house, note
+from teardown.house import COMMANDS, IDLE, SLACK, House, count_descriptors, house, note
 
 KINDS = [(COMMANDS[0], False), (COMMANDS[0], True), (COMMANDS[1], False)]
 """The command, and whether with TLS."""
@@ -80,3 +80,16 @@ async def test_an_idle_connection_is_closed_after_a_while(server: House) -> None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(of_http_1)
         nursery.start_soon(of_http_2)
+
+
+async def test_a_connection_that_its_client_has_closed_is_closed_at_once(server: House) -> None:
+    """Hypercorn waits for the end of the keep-alive time first, with the socket open."""
+    worker, before = await server.worker(), await server.settled()
+    stream = await serving.Server(server.port, tls=server.secure).connect()
+    await stream.send_all(get("/health"))
+    await serving.read_until(stream, b"\r\n\r\n{")
+    assert count_descriptors(worker) > before
+    began = trio.current_time()
+    await trio.aclose_forcefully(stream)
+    await eventually(lambda: count_descriptors(worker) <= before, "its descriptor is closed", SLACK)
+    note("kept, and closed by its client", trio.current_time() - began, 0, kind(server))
