@@ -3,6 +3,7 @@
 #   make test     type check, lint, format check, and the tests with their coverage
 #   make check    the first three of these;  make format  puts the format right
 #   make bench    beside others, on this machine;  make chaos  breaks everything for ten minutes
+#   make recovery  the figures of coming back: after kill -9, from far back, all at once
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYN
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell $(p) -c '$(FITS)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: demo test check format bench chaos clean tools
+.PHONY: demo test check format bench recovery chaos clean tools
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -41,6 +42,9 @@ tools: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(BENCH)
+
+recovery: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.recovery $(RECOVERY)
 
 chaos: $(VENV)/dev.stamp tools
 	$(BIN)/python tests/chaos.py $(CHAOS)

@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 from secrets import token_hex
 from typing import Any
 
+import trio
+
 from sse_trio import consumer
 from sse_trio.consumer import Consumer, StoredMessage
 from sse_trio.nats_connection import NatsConnection
@@ -30,6 +32,9 @@ INACTIVE = 30.0
 
 API_TIMEOUT = 3.0
 """Seconds that the JetStream API has to answer."""
+
+LOOKED_AT_ONCE = 100
+"""Answers whose headers are looked at before other tasks may run."""
 
 READ_BYTES = 2 << 20
 """Bytes that one read of the stream returns, at most (or a single message)."""
@@ -218,7 +223,9 @@ class JetStream:
         messages = []
         previous = 0
         with self._understanding():
-            for answer in answers:
+            for count, answer in enumerate(answers, 1):
+                if count % LOOKED_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
                 fields = answer.headers
                 if previous and fields.get("Nats-Last-Sequence") != str(previous):
                     raise NatsError("stream", f"{self.connection.server}: an answer of the stream has a hole")
