@@ -529,8 +529,8 @@ async def test_what_a_token_may_not_hear_is_not_delivered_not_replayed_not_liste
 
 
 async def test_a_stream_ends_when_its_token_does(nats: NatsServer, tmp_path: Path) -> None:
-    short = token(exp=time.time() + 2, agent_ids=["*"], subjects=["team.>"])
     async with attacked(tmp_path, nats, env=WITH_TOKENS) as server:
+        short = token(exp=time.time() + 5, agent_ids=["*"], subjects=["team.>"])
         async with listen(server.port, "a-1", headers=bearer(short)) as client:
             await client.next("connected")
             assert json.loads((await client.next("goodbye")).data) == {"reason": "expired"}
