@@ -4,7 +4,9 @@
 #   make check    the first three of these;  make format  puts the format right
 #   make bench    beside others, on this machine;  make chaos  breaks everything for ten minutes
 #   make recovery  the figures of coming back: after kill -9, from far back, all at once
+# Tests mostly wait (for deadlines, processes, a browser): JOBS files at once, on however few cores.
 SHELL := /bin/bash
+JOBS ?= 4
 VENV ?= .venv
 BIN := $(VENV)/bin
 CODE := sse_trio tests examples benchmarks
@@ -23,7 +25,7 @@ demo: $(VENV)/demo.stamp
 
 test: check tools
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(PYTEST)
+	$(BIN)/coverage run -m pytest --numprocesses=$(JOBS) --dist=loadfile $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
