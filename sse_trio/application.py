@@ -107,16 +107,17 @@ class App(QuartTrio):
         if owns_process:
             max_connections, self.limit_warning = effective_max_connections(settings)
         access = Access(settings, max_connections=max_connections)
+        instance = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         self.services = Services(
             settings=settings,
             broadcaster=self.broadcaster,
             feed=self.feed,
             publisher=Publisher(settings.nats_url, creds=settings.nats_creds, ca=settings.nats_ca),
             access=access,
-            metrics=Metrics(self.broadcaster, self.feed, access),
+            metrics=Metrics(self.broadcaster, self.feed, access, instance),
             reader=Reader(self.broadcaster, self.feed.backlog),
             backlog=self.feed.backlog,
-            instance=f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}",
+            instance=instance,
         )
         self.register_blueprint(create_blueprint(self.services))
         self._worker: Worker | None = None

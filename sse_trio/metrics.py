@@ -32,13 +32,21 @@ INTERVAL = 1.0
 class Metrics:
     """The metrics of one process."""
 
-    def __init__(self, broadcaster: Broadcaster, feed: NatsFeed, access: Access) -> None:
+    def __init__(self, broadcaster: Broadcaster, feed: NatsFeed, access: Access, instance: str) -> None:
         self._broadcaster = broadcaster
         self._feed = feed
         self._access = access
         self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._registry = CollectorRegistry()
         self._seen: dict[tuple[str, ...], float] = {}
+        speaks_for = Gauge(
+            "sse_trio_instance",
+            "1 for each process that these metrics speak for.",
+            ["instance"],
+            registry=self._registry,
+            multiprocess_mode="livemax",
+        )
+        speaks_for.labels(instance).set(1)
         self._clients = self._gauge("sse_trio_clients", "Streams that are open.")
         self._catching_up = self._gauge("sse_trio_catching_up", "Streams that read history, off the live path.")
         self._high_water = self._gauge(
