@@ -28,7 +28,7 @@ from sse_trio.access import AtCapacity
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import EVERYTHING, Client, Filter
 from sse_trio.connection import Connection, ConnectionResponse
-from sse_trio.history import Frame, event_id
+from sse_trio.history import Frame, event_id, parse_event_id
 from sse_trio.settings import Settings
 
 __all__ = ["Backlog", "EventStream", "Page", "jittered"]
@@ -40,6 +40,9 @@ log = structlog.get_logger("sse_trio.stream")
 READ_FRAMES = 500
 """Frames that a client catching up is given in one write; far fewer when they carry whole discoveries."""
 READ_FULL_FRAMES = 20
+
+SECOND_LOOK = 1.5
+"""Seconds until the stream is asked again about a cursor beyond its end; longer than an answer counts as fresh."""
 
 UNKNOWN_PLACE_POLL = 0.5
 """Seconds between two looks whether the stream can be asked about a cursor, while the feed is away."""
@@ -185,7 +188,7 @@ class EventStream(ConnectionResponse):
         cursor = self.cursor
         if client.cursor is not None and broadcaster.live:
             # `connected` says what the cursor is worth; a feed that is away is not waited for.
-            broadcaster.resolve(client, await self._bounds())
+            broadcaster.resolve(client, await self._bounds_for(client.cursor))
         if cursor is None:
             hello = partial(sse.connected, id=broadcaster.head_id)
         else:
@@ -304,13 +307,27 @@ class EventStream(ConnectionResponse):
 
     async def _find_place(self, client: Client, connection: Connection) -> bool:
         """The cursor's worth was not known when the client came: ask again."""
-        bounds = await self._while_quiet(client, connection, self._bounds)
+        assert client.cursor is not None
+        bounds = await self._while_quiet(client, connection, partial(self._bounds_for, client.cursor))
         if client.cursor is not None:
             self.broadcaster.resolve(client, bounds)
         if client.cursor is not None:
             with trio.move_on_after(UNKNOWN_PLACE_POLL):
                 await client.wait()
         return False
+
+    async def _bounds_for(self, cursor: str) -> tuple[int, int] | None:
+        """The stream's bounds, asked twice where the cursor lies beyond them.
+
+        One answer may be old: of a server that was frozen, of a leader that does not know yet that it is none any more.
+        To believe it would send a client back that another instance had served further.
+        """
+        bounds = await self._bounds()
+        parsed = parse_event_id(cursor)
+        if bounds is not None and parsed is not None and parsed[0] == self.broadcaster.epoch and parsed[1] > bounds[1]:
+            await trio.sleep(SECOND_LOOK)
+            bounds = await self._bounds()
+        return bounds
 
     async def _bounds(self) -> tuple[int, int] | None:
         return await self.backlog.bounds() if self.backlog is not None else None

@@ -460,6 +460,32 @@ async def test_keep_alives_go_on_while_the_stream_is_asked(
         assert ids(connection) == [f"e-{n}" for n in range(61, 101)]
 
 
+async def test_a_cursor_beyond_an_old_answer_is_no_restart(
+    connection: MemoryConnection, autojump_clock: MockClock
+) -> None:
+    """A server that was frozen reads what NATS said before; another instance has served the client further since."""
+    broadcaster = durable_broadcaster(buffer=5, history=5)
+    publish(broadcaster, *range(1, 101))
+    backlog = ScriptedBacklog(last=100)
+    async with streaming(broadcaster, connection, cursor="e-103", backlog=backlog):
+        backlog.last = 105
+        await trio.sleep(2)
+        assert json.loads(connection.events[0].data)["resumed"] is True
+        publish(broadcaster, *range(101, 106))
+        await wait_all_tasks_blocked()
+        assert ids(connection) == ["e-104", "e-105"]
+
+
+async def test_a_cursor_beyond_the_stream_is_a_restart(connection: MemoryConnection, autojump_clock: MockClock) -> None:
+    broadcaster = durable_broadcaster(buffer=5, history=5)
+    publish(broadcaster, *range(1, 101))
+    async with streaming(broadcaster, connection, cursor="e-103", backlog=ScriptedBacklog(last=100)):
+        await trio.sleep(2)
+        connected, gap = connection.events
+        assert (json.loads(connected.data)["resumed"], connected.id) == (False, "e-100")
+        assert (gap.data, gap.id) == ('{"reason":"restart","missed":null}', "e-100")
+
+
 async def test_a_cursor_is_placed_when_the_stream_can_be_asked_again(
     connection: MemoryConnection, autojump_clock: MockClock
 ) -> None:
