@@ -9,4 +9,4 @@ from sse_trio.application import create_app
 
 __all__ = ["app", "create_app"]
 
-app = create_app(owns_process=True)
+app = create_app(owns_process=True, owns_signals=True)

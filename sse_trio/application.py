@@ -91,11 +91,13 @@ class App(QuartTrio):
     asgi_websocket_class = RefusedWebSocket  # type: ignore[assignment]  # the same shape, another class
     asgi_lifespan_class = Lifespan  # type: ignore[assignment]  # the same shape, another class
 
-    def __init__(self, settings: Settings, *, owns_process: bool = False) -> None:
-        """With `owns_process` a run also configures logging, treats SIGTERM as a drain, and tunes the garbage collector."""
+    def __init__(self, settings: Settings, *, owns_process: bool = False, owns_signals: bool = False) -> None:
+        """With `owns_process` a run also configures logging and tunes the garbage collector, with `owns_signals` it
+        treats SIGTERM as a drain."""
         super().__init__("sse_trio", static_folder=None)
         self.settings = settings
         self.owns_process = owns_process
+        self.owns_signals = owns_signals
         self.config["SSE_WRITE_TIMEOUT"] = settings.write_timeout
         self.config["MAX_CONTENT_LENGTH"] = 1 << 20
         self.config["BODY_TIMEOUT"] = 10  # seconds; 64 KiB take no longer, and a slow sender holds a socket
@@ -130,11 +132,9 @@ class App(QuartTrio):
         self._worker = None
         if self.owns_process:
             configure_logging(self.settings)
-            if threading.current_thread() is threading.main_thread() and (
-                signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-            ):
-                await nursery.start(self._drain_on_sigterm)
             nursery.start_soon(Collector(self.broadcaster).run)
+        if self.owns_signals and threading.current_thread() is threading.main_thread():
+            await nursery.start(self._drain_on_sigterm)
         if self.limit_warning:
             log.warning(self.limit_warning)
         await nursery.start(self.services.access.run)
@@ -175,7 +175,7 @@ class App(QuartTrio):
         signal.raise_signal(signal.SIGTERM)
 
 
-def create_app(settings: Settings | None = None, *, owns_process: bool = False) -> App:
+def create_app(settings: Settings | None = None, *, owns_process: bool = False, owns_signals: bool = False) -> App:
     """An ASGI application that serves discoveries by these settings (without: by the environment's).
 
     Run it with Hypercorn's trio worker; it connects to NATS when the server starts it.
@@ -183,4 +183,5 @@ def create_app(settings: Settings | None = None, *, owns_process: bool = False) 
     Raises:
         SettingsError: a variable of the environment cannot be used.
     """
-    return App(settings if settings is not None else Settings.from_environment(), owns_process=owns_process)
+    found = settings if settings is not None else Settings.from_environment()
+    return App(found, owns_process=owns_process, owns_signals=owns_signals)
