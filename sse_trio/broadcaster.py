@@ -22,9 +22,9 @@ from itertools import islice
 import trio
 
 from sse_trio import sse
-from sse_trio.client import EVERYTHING, Client, Filter
+from sse_trio.client import EVERYTHING, Audience, Books, Client, Filter, Passed
 from sse_trio.discovery import Discovery
-from sse_trio.history import Batch, Frame, History, event_id, parse_event_id
+from sse_trio.history import Batch, Frame, History, event_id, events_among, parse_event_id
 from sse_trio.settings import Settings
 
 __all__ = ["Broadcaster", "Event", "Latency"]
@@ -51,17 +51,6 @@ class Latency:
         self.sum += seconds * events
 
 
-class Audience:
-    """The clients with one filter, and how many events they have been given together."""
-
-    __slots__ = ("clients", "filter", "matched")
-
-    def __init__(self, filter: Filter) -> None:
-        self.filter = filter
-        self.clients: dict[Client, None] = {}
-        self.matched = 0
-
-
 class Broadcaster:
     """The registry of clients, and the recent history that they read from."""
 
@@ -82,7 +71,8 @@ class Broadcaster:
         """Cursors that were settled: from `memory`, from the `stream`, or `none` of them."""
         self.published = 0
         self.past: Counter[str] = Counter()
-        """What clients that have left had been sent, had dropped; `/metrics` adds those who are here."""
+        """What was counted of clients that have left; `/metrics` adds those who are here."""
+        self._past_books = Books()
         self._audiences: dict[Filter, Audience] = {}
         self._round: Iterator[tuple[Client, Batch]] = iter(())
         self._received_at = 0.0
@@ -123,12 +113,14 @@ class Broadcaster:
             self.history.max_bytes = max(self.settings.history_bytes, 1 << 20)
         self.history.open(epoch, head)
         self._settled = head
+        for audience in self._audiences.values():
+            audience.last = head
         if self.live:
             for client in self.clients.values():
-                client.live = False
+                client.leave()
                 client.due = "restart"
                 client.position = client.told = head
-                client.accounted = self._audiences[client.filter].matched
+                client.accounted = client.audience.passed
                 client.wake()
 
     def go_live(self) -> None:
@@ -139,8 +131,8 @@ class Broadcaster:
         self._settled = self.head
         for client in self.clients.values():
             if client.cursor is None:
-                client.told = self.head
-                client.live = client.ending is None
+                client.position = client.told = self.head
+                client.join()
             else:
                 client.wake()  # its task finds out what the cursor is worth
 
@@ -187,14 +179,11 @@ class Broadcaster:
 
     def _batches(self, frames: list[Frame]) -> list[tuple[Batch, tuple[Client, ...]]]:
         """What each audience shall hear, and who is in it now; a client that comes later is at the head already."""
+        events = events_among(frames)
         batches = []
         for audience in self._audiences.values():
-            heard = frames
-            if not audience.filter.is_open:
-                heard = [frame for frame in frames if audience.filter.matches(frame)]
-            if heard:
-                batch = Batch(heard, full=audience.filter.full, before=audience.matched)
-                audience.matched += len(heard)
+            batch = audience.begin(frames, events)
+            if batch is not None:
                 batches.append((batch, tuple(audience.clients)))
         return batches
 
@@ -252,9 +241,8 @@ class Broadcaster:
         audience = self._audiences.get(filter)
         if audience is None:
             audience = self._audiences[filter] = Audience(filter)
-        filter = audience.filter  # one for all of them
         client = Client(
-            agent_id, filter, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
+            agent_id, audience, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
         )
         client.lagging_on_history = self.durable or self.settings.history > 0
         client.wrote_at = trio.current_time()
@@ -262,12 +250,11 @@ class Broadcaster:
         audience.clients[client] = None
         self.clients[client.id] = client
         self.connects += 1
-        client.accounted = audience.matched
         if self.live:
             client.position = self.head
             if cursor is None:
                 client.told = self.head
-                client.live = True
+                client.join()
             else:
                 self.resolve(client)
         if self.stopping is not None:
@@ -281,9 +268,9 @@ class Broadcaster:
             if not audience.clients:
                 del self._audiences[filter]
             client.close()
-            self.past["sent"] += client.sent
+            books = client.books()
+            self._past_books = _sum(self._past_books, books._replace(waiting=0, undelivered=books.waiting))
             self.past["bytes"] += client.bytes
-            self.past["dropped"] += client.dropped
             self.past["overflows"] += client.overflows
             self.past["high_water"] = max(self.past["high_water"], client.high_water)
 
@@ -321,17 +308,16 @@ class Broadcaster:
         client.resumed = due is None
         client.due = due
         client.position = client.told = position
-        client.accounted = self._audiences[client.filter].matched - self._heard_after(client)
-        client.live = position == self.head and due is None and client.ending is None
+        if position == self.head and due is None:
+            client.join()
+        elif not self.durable:  # there nothing is ever skipped, and this is not asked for
+            client.accounted = self._passed(client)
 
-    def _heard_after(self, client: Client) -> int:
-        """How many frames in memory behind the client's place are for it."""
-        if self.durable:
-            return 0  # nothing is ever counted as missed where the stream can be read
-        frames = self.history.after(client.position, self.history.max_events)
-        return len(frames) if client.filter.is_open else sum(map(client.filter.matches, frames))
+    def _passed(self, client: Client) -> Passed:
+        """What had passed the client's audience at its place, which memory holds."""
+        return client.audience.passed_without(self.history.after(client.position, self.history.max_events))
 
-    def read(self, client: Client, limit: int) -> list[Frame]:
+    def read(self, client: Client, limit: int) -> Sequence[Frame]:
         """What history holds for a client off the live path, at most `limit` frames scanned; it moves on past them.
 
         When that reaches the head the client is live again from the same moment. Nothing for a client that is behind
@@ -342,10 +328,9 @@ class Broadcaster:
             return []
         frames = self.history.after(client.position, limit)
         client.position = frames[-1].sequence if len(frames) == limit else self.head
+        heard = client.pass_by(frames)
         if client.position == self.head:
-            client.live = client.ending is None
-        heard = frames if client.filter.is_open else [frame for frame in frames if client.filter.matches(frame)]
-        client.accounted += len(heard)
+            client.join()
         return heard
 
     def is_behind(self, client: Client) -> bool:
@@ -360,11 +345,18 @@ class Broadcaster:
         hides_notice = client.position < self.history.last_notice <= self.history.floor
         client.position = self.history.floor
         client.told = client.position
-        counted = self._audiences[client.filter].matched - client.accounted - self._heard_after(client)
-        client.accounted += counted
-        client.dropped += counted
-        return None if hides_notice else counted
+        missed = client.account(self._passed(client))
+        client.dropped += missed
+        return None if hides_notice else missed
+
+    def books(self) -> Books:
+        """What has become of the events that passed the streams that there are and were."""
+        return _sum(self._past_books, *(client.books() for client in self.clients.values()))
 
     def __repr__(self) -> str:
         state = "live" if self.live else "not live"
         return f"<Broadcaster {len(self.clients)} clients, {state}, {self.history!r}>"
+
+
+def _sum(*books: Books) -> Books:
+    return Books(*map(sum, zip(*books, strict=True)))

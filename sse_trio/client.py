@@ -9,23 +9,27 @@ writes it. Three rules make the hand-over safe without a lock:
   path (history holds what follows; its task reads on from there and rejoins) or, without history, drops by policy.
 * Whatever was dropped is told at its place: `take` puts the gap before what is kept (drop-oldest) or after it
   (drop-newest, which accepts nothing more until the gap has been taken).
+
+What passes a client is in its `Books`. On the live path it is the audience that counts, once a round for all of its
+clients; a client takes that over (`account`) when it leaves the live path, or is asked.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
 from sse_trio import sse
-from sse_trio.history import Batch, Frame
+from sse_trio.history import Batch, Frame, events_among
 from sse_trio.settings import Overflow
 from sse_trio.subjects import matches
 
-__all__ = ["EVERYTHING", "Client", "Filter", "Writer"]
+__all__ = ["EVERYTHING", "Audience", "Books", "Client", "Filter", "Passed", "Writer"]
 
 TAKE_BYTES = 256 * 1024
 """What one write joins at most: more would hold memory for a peer that may not read it."""
@@ -73,6 +77,10 @@ class Filter:
             and (self.granted is None or any(matches(pattern, frame.subject) for pattern in self.granted))
         )
 
+    def let_through(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """Those of the frames that this client hears."""
+        return frames if self.is_open else [frame for frame in frames if self.matches(frame)]
+
     def describe(self) -> dict[str, object]:
         """The filter as `GET /clients` shows it: only what is set."""
         shown: dict[str, object] = {}
@@ -89,6 +97,84 @@ class Filter:
 
 
 EVERYTHING = Filter()
+
+
+class Passed(NamedTuple):
+    """How much has passed an audience up to some place: a number that means something beside another one only."""
+
+    events: int
+    heard: int
+    filtered: int
+
+
+class Books(NamedTuple):
+    """What has become of the events that passed one stream, or all: `offered` is the sum of the others, at any moment.
+
+    Each is counted where it happens, none from the others. An event passes a stream once, while that is open: in a
+    round of the live path, or when it is read for it from memory or from JetStream. So what a stream that lags has not
+    read yet has not passed it; nor what retention took before (a gap `expired`), what a new incarnation of the feed cut
+    off (`restart`), or what never came (`upstream`), whose numbers nobody knows. Notices are no events.
+    """
+
+    offered: int = 0
+    out: int = 0
+    """Written to the connection. What the kernel still holds when the peer goes may be lost yet."""
+    dropped: int = 0
+    """Missed because its queue was full or memory went on; a gap or a goodbye `overflow` tells it."""
+    filtered: int = 0
+    """Kept out by its filter."""
+    waiting: int = 0
+    """For it, in its queue or in the hands of its task."""
+    undelivered: int = 0
+    """What was waiting when the stream ended."""
+
+
+class Audience:
+    """The clients with one filter, and what has passed them together."""
+
+    __slots__ = ("_round", "clients", "events", "filter", "filtered", "heard", "last")
+
+    def __init__(self, filter: Filter) -> None:
+        self.filter = filter
+        self.clients: dict[Client, None] = {}
+        self.events = self.heard = self.filtered = 0
+        self.last = 0
+        """The last frame of the latest round for it: a live client that is not there yet has still to be served."""
+        self._round = (0, 0, 0)
+
+    def begin(self, frames: Sequence[Frame], events: int) -> Batch | None:
+        """A round passes: what its clients shall be offered of it. It is of `events` events, or of notices (0)."""
+        heard = self.filter.let_through(frames)
+        given = len(heard) if events else 0
+        kept_out = len(frames) - len(heard)
+        self.events += events
+        self.heard += given
+        self.filtered += kept_out
+        self._round = events, given, kept_out
+        if not heard:
+            return None
+        self.last = heard[-1].sequence
+        return Batch(heard, self.filter.full, frames, given)
+
+    @property
+    def passed(self) -> Passed:
+        """What has passed it, with the latest round."""
+        return Passed(self.events, self.heard, self.filtered)
+
+    @property
+    def passed_before(self) -> Passed:
+        """What had passed it before the latest round."""
+        events, heard, filtered = self._round
+        return Passed(self.events - events, self.heard - heard, self.filtered - filtered)
+
+    def passed_without(self, newest: Sequence[Frame]) -> Passed:
+        """What had passed it before these frames came, which are the newest."""
+        heard = self.filter.let_through(newest)
+        return Passed(
+            self.events - events_among(newest),
+            self.heard - events_among(heard),
+            self.filtered - (len(newest) - len(heard)),
+        )
 
 
 class Writer(Protocol):
@@ -116,6 +202,7 @@ class Client:
         "accounted",
         "address",
         "agent_id",
+        "audience",
         "bytes",
         "connected_at",
         "cursor",
@@ -123,6 +210,7 @@ class Client:
         "due",
         "ending",
         "filter",
+        "filtered",
         "gone",
         "high_water",
         "id",
@@ -131,6 +219,7 @@ class Client:
         "missed",
         "missed_id",
         "missed_unknown",
+        "offered",
         "overflow",
         "overflows",
         "parked",
@@ -140,14 +229,18 @@ class Client:
         "send_channel",
         "sent",
         "told",
+        "waiting",
         "writer",
         "wrote_at",
     )
 
-    def __init__(self, agent_id: str, filter: Filter, *, capacity: int, overflow: Overflow, address: str = "") -> None:
+    def __init__(
+        self, agent_id: str, audience: Audience, *, capacity: int, overflow: Overflow, address: str = ""
+    ) -> None:
         self.id = str(uuid.uuid4())
         self.agent_id = agent_id
-        self.filter = filter
+        self.audience = audience
+        self.filter = audience.filter
         self.address = address
         self.connected_at = datetime.now(UTC)
         self.overflow = overflow
@@ -165,11 +258,11 @@ class Client:
         self.due: sse.GapReason | None = None
         """A gap that stands before `position`, to be told next."""
         self.position = 0
-        """Everything up to this sequence was given to it, or is not for it. Stands still while it is live."""
+        """Everything up to this sequence was offered to it, or is not for it."""
         self.told = -1
         """The sequence of the last `id` that it was given."""
-        self.accounted = 0
-        """Off the live path: how many of its audience's events were given to it or reported missed."""
+        self.accounted = audience.passed
+        """How much of what has passed its audience is in its books."""
 
         self.parked = False
         self.writer: Writer | None = None
@@ -179,7 +272,10 @@ class Client:
 
         self.sent = 0
         self.bytes = 0
+        self.offered = 0
+        self.filtered = 0
         self.dropped = 0
+        self.waiting = 0
         self.overflows = 0
         """Gaps that it was told of because its queue was full."""
         self.high_water = 0
@@ -200,22 +296,22 @@ class Client:
                 self.disconnect()
                 return 0
             if taken:
-                self.sent += batch.count
-                self.bytes += len(batch.payload)
-                self.told = batch.last
+                self.position = self.told = batch.last
+                self.sent += batch.events
+                self.bytes += batch.size
                 self.wrote_at = now
                 if self.writer.has_rest:
                     self.wake()
-                return batch.count
-        for index, frame in enumerate(batch.frames):
+                return batch.events
+        for frame in batch.frames:
             if not self._queue(frame):
-                self.accounted = batch.before + index
-                self.position = frame.sequence - 1
-                break
+                self._stop_before(frame, batch)
+                return 0
+        self.position = batch.last
         return 0
 
     def _queue(self, frame: Frame) -> bool:
-        """Queue a frame or drop one; False when that has taken the client off the live path."""
+        """Queue a frame or drop one by policy; False when the queue is full, and neither is to be done."""
         if self.missed and self.overflow == "drop-newest":
             self._miss(frame)  # nothing is accepted behind a gap that was not told yet
             return True
@@ -223,26 +319,82 @@ class Client:
             self.send_channel.send_nowait(frame)
             self.parked = False
         except trio.WouldBlock:
-            if self.lagging_on_history:
-                self.live = False
-            elif self.overflow == "disconnect":
-                self.end("overflow")
-            elif self.overflow == "drop-newest":
+            if self.lagging_on_history or self.overflow == "disconnect":
+                return False
+            if self.overflow == "drop-newest":
                 self._miss(frame)
-            else:
-                oldest = self.receive_channel.receive_nowait()
-                if oldest is not None:
-                    self._miss(oldest)
-                self.send_channel.send_nowait(frame)
-        return self.live
+                return True
+            oldest = self.receive_channel.receive_nowait()
+            if oldest is not None:
+                self.waiting -= oldest.discovery is not None
+                self._miss(oldest)
+            self.send_channel.send_nowait(frame)
+        self.waiting += frame.discovery is not None
+        return True
 
     def _miss(self, frame: Frame) -> None:
         """Account for a frame that this client will not get."""
         if frame.discovery is None:
             self.missed_unknown = True
+        else:
+            self.dropped += 1
         self.missed += 1
-        self.dropped += 1
         self.missed_id = frame.id
+
+    def _stop_before(self, frame: Frame, batch: Batch) -> None:
+        """Leave the live path in the middle of a round."""
+        self.position = frame.sequence - 1
+        self.account(self.audience.passed_without([other for other in batch.round if other.sequence > self.position]))
+        self.live = False
+        if not self.lagging_on_history:
+            self.end("overflow")
+
+    # -- its books ---------------------------------------------------------------------------------------------------
+
+    def account(self, upto: Passed) -> int:
+        """Enter what has passed its audience since the last time, up to there; how many events of it are for it."""
+        since, self.accounted = self.accounted, upto
+        self.offered += upto.events - since.events
+        self.filtered += upto.filtered - since.filtered
+        return upto.heard - since.heard
+
+    def _account_live(self) -> None:
+        # In the middle of a round, what it has not been served yet has not passed it.
+        audience = self.audience
+        self.account(audience.passed_before if self.position < audience.last else audience.passed)
+
+    def pass_by(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """Enter frames that were read for it; those that it hears, which wait to be written."""
+        heard = self.filter.let_through(frames)
+        given, since = events_among(heard), self.accounted
+        self.account(
+            Passed(
+                since.events + events_among(frames),
+                since.heard + given,
+                since.filtered + len(frames) - len(heard),
+            )
+        )
+        self.waiting += given
+        return heard
+
+    def books(self) -> Books:
+        """What has become of the events that passed it."""
+        if self.live:
+            self._account_live()
+        return Books(self.offered, self.sent, self.dropped, self.filtered, self.waiting)
+
+    # -- on the live path and off it ---------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Step onto the live path, at the head. Who is to end stays off it."""
+        self.accounted = self.audience.passed
+        self.live = self.ending is None
+
+    def leave(self) -> None:
+        """Step off the live path, if it is there."""
+        if self.live:
+            self._account_live()
+            self.live = False
 
     def wake(self) -> None:
         """Let the task look at its state again. A task that is not parked does so by itself."""
@@ -254,12 +406,12 @@ class Client:
         """Have the stream say goodbye after what it still holds, and end. The first reason stands."""
         if self.ending is None:
             self.ending = reason
-            self.live = False
+            self.leave()
             self.wake()
 
     def disconnect(self) -> None:
         """The peer is gone: have the stream end without a word."""
-        self.live = False
+        self.leave()
         self.gone = True
         self.wake()
 
@@ -274,9 +426,12 @@ class Client:
             self.parked = False
 
     def take(self) -> tuple[bytes, int, Frame | None]:
-        """What was queued, joined, with the gap where frames are missing; how many frames; the last of them."""
+        """What was queued, joined, with the gap where frames are missing; how many events; the last frame.
+
+        The events are waiting until they are `written`.
+        """
         pieces: list[bytes] = []
-        frames = size = 0
+        events = size = 0
         last: Frame | None = None
         self.high_water = max(self.high_water, self.queued)
         while size < TAKE_BYTES:
@@ -298,9 +453,15 @@ class Client:
             encoded = frame.full if self.filter.full else frame.notification
             pieces.append(encoded)
             size += len(encoded)
-            frames += 1
+            events += frame.discovery is not None
             last = frame
-        return b"".join(pieces), frames, last
+        return b"".join(pieces), events, last
+
+    def written(self, events: int, size: int) -> None:
+        """That many events, which were waiting, have been written, in `size` bytes."""
+        self.waiting -= events
+        self.sent += events
+        self.bytes += size
 
     def _take_gap(self) -> bytes:
         gap = sse.gap("overflow", None if self.missed_unknown else self.missed, self.missed_id)
@@ -316,7 +477,7 @@ class Client:
 
     def close(self) -> None:
         """Drop what is queued; nothing can be offered any more."""
-        self.live = False
+        self.leave()
         self.parked = False
         self._pending = None
         self.writer = None

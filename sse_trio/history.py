@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from sse_trio import sse
 from sse_trio.discovery import Discovery
 
-__all__ = ["Batch", "Frame", "History", "event_id", "parse_event_id"]
+__all__ = ["Batch", "Frame", "History", "event_id", "events_among", "parse_event_id"]
 
 FRAME_OVERHEAD = 600
 """Bytes that a frame and its discovery take in memory beside their payload and encoding (measured, rounded up)."""
@@ -89,22 +89,28 @@ class Frame:
         return f"<Frame {self.id}>"
 
 
+def events_among(frames: Sequence[Frame]) -> int:
+    """How many of the frames are events: a notice is none."""
+    return sum([frame.discovery is not None for frame in frames])
+
+
 class Batch:
     """The frames of one round for one audience: their bytes joined once, shared by every client of it.
 
     `chunk` is room for the transport to keep what it wraps around `payload` (the HTTP/1.1 chunk), also made once.
     """
 
-    __slots__ = ("before", "chunk", "count", "frames", "last", "payload")
+    __slots__ = ("chunk", "events", "frames", "last", "payload", "round", "size")
 
-    def __init__(self, frames: Sequence[Frame], *, full: bool, before: int) -> None:
+    def __init__(self, frames: Sequence[Frame], full: bool, round: Sequence[Frame], events: int) -> None:
         self.frames = frames
         self.payload = b"".join([frame.full if full else frame.notification for frame in frames])
+        self.size = len(self.payload)
         self.chunk: bytes | None = None
         self.last = frames[-1].sequence
-        self.count = len(frames)
-        self.before = before
-        """How many events this audience had been given before these."""
+        self.events = events
+        self.round = round
+        """All frames of the round, also those that are not for this audience."""
 
 
 class History:

@@ -60,9 +60,20 @@ class Metrics:
         self._events_in = self._counter(
             "sse_trio_events_in", "Messages from NATS, by outcome: published, or why not.", "outcome"
         )
+        self._offered = self._counter(
+            "sse_trio_events_offered",
+            "Events that passed a stream, counted for each: out + dropped + filtered + waiting + undelivered.",
+        )
         self._events_out = self._counter("sse_trio_events_out", "Events written to streams.")
         self._bytes_out = self._counter("sse_trio_bytes_out", "Bytes of frames written to streams.")
-        self._dropped = self._counter("sse_trio_events_dropped", "Events that a stream missed, and was told of.")
+        self._dropped = self._counter(
+            "sse_trio_events_dropped", "Events that a stream was too slow for, and was told of."
+        )
+        self._filtered = self._counter("sse_trio_events_filtered", "Events that a stream's filter kept out.")
+        self._waiting = self._gauge("sse_trio_events_waiting", "Events that wait for a stream.")
+        self._undelivered = self._counter(
+            "sse_trio_events_undelivered", "Events that still waited for a stream when it ended."
+        )
         self._gaps = self._counter("sse_trio_gaps", "Gaps that streams were told of, by reason.", "reason")
         self._resumes = self._counter(
             "sse_trio_resumes",
@@ -121,9 +132,14 @@ class Metrics:
         self._add_each(self._disconnects, broadcaster.disconnects)
         self._add_each(self._refused, self._access.statistics().refused)
         self._add_each(self._events_in, {"published": feed.counters.decoded, **feed.counters.invalid})
-        self._add(self._events_out, past["sent"] + sum(client.sent for client in here))
+        books = broadcaster.books()
+        self._add(self._offered, books.offered)
+        self._add(self._events_out, books.out)
+        self._add(self._dropped, books.dropped)
+        self._add(self._filtered, books.filtered)
+        self._waiting.set(books.waiting)
+        self._add(self._undelivered, books.undelivered)
         self._add(self._bytes_out, past["bytes"] + sum(client.bytes for client in here))
-        self._add(self._dropped, past["dropped"] + sum(client.dropped for client in here))
         overflows = past["overflows"] + sum(client.overflows for client in here)
         self._add_each(self._gaps, broadcaster.gaps + collections.Counter(overflow=overflows))
         self._add_each(self._resumes, broadcaster.resumes)

@@ -28,7 +28,7 @@ from sse_trio.access import AtCapacity
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import EVERYTHING, Client, Filter
 from sse_trio.connection import Connection, ConnectionResponse
-from sse_trio.history import Frame, event_id, parse_event_id
+from sse_trio.history import Frame, event_id, events_among, parse_event_id
 from sse_trio.settings import Settings
 
 __all__ = ["Backlog", "EventStream", "Page", "jittered"]
@@ -210,9 +210,9 @@ class EventStream(ConnectionResponse):
             if connection.has_rest:
                 await connection.write_rest()
                 client.wrote_at = trio.current_time()
-            payload, frames, last = client.take()
+            payload, events, last = client.take()
             if payload:
-                await self._write(client, connection, payload, frames, last)
+                await self._write(client, connection, payload, events, last)
             elif client.ending is not None:
                 return await self._goodbye(client, connection)
             elif client.due is not None:
@@ -235,16 +235,15 @@ class EventStream(ConnectionResponse):
         return ends_at, ends_as  # type: ignore[return-value]  # both literals are reasons
 
     async def _write(
-        self, client: Client, connection: Connection, payload: bytes, frames: int, last: Frame | None
+        self, client: Client, connection: Connection, payload: bytes, events: int, last: Frame | None
     ) -> None:
         await connection.write(payload)
         client.wrote_at = trio.current_time()
-        client.sent += frames
-        client.bytes += len(payload)
+        client.written(events, len(payload))
         if last is not None:
             client.told = last.sequence
             if last.received_at:
-                self.broadcaster.latency.observe(time.perf_counter() - last.received_at, frames)
+                self.broadcaster.latency.observe(time.perf_counter() - last.received_at, events)
 
     async def _tell_gap(
         self, client: Client, connection: Connection, reason: sse.GapReason, missed: int | None
@@ -294,7 +293,7 @@ class EventStream(ConnectionResponse):
     async def _write_frames(self, client: Client, connection: Connection, frames: Sequence[Frame]) -> None:
         full = self.filter.full
         payload = b"".join([frame.full if full else frame.notification for frame in frames])
-        await self._write(client, connection, payload, len(frames), None)
+        await self._write(client, connection, payload, events_among(frames), None)
         client.told = frames[-1].sequence
 
     async def _skip(self, client: Client, connection: Connection) -> None:
@@ -349,7 +348,7 @@ class EventStream(ConnectionResponse):
             client.position = min(bounds[0], upto) - 1
             await self._tell_gap(client, connection, "expired", None)
         client.position = max(client.position, page.last)
-        frames = following if self.filter.is_open else [frame for frame in following if self.filter.matches(frame)]
+        frames = client.pass_by(following)
         step = READ_FULL_FRAMES if self.filter.full else READ_FRAMES
         for start in range(0, len(frames), step):
             await self._write_frames(client, connection, frames[start : start + step])

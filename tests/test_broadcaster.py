@@ -14,7 +14,7 @@ from support import payload
 from trio.testing import assert_no_checkpoints
 
 from sse_trio.broadcaster import SLICE, Broadcaster, Event
-from sse_trio.client import Client, Filter
+from sse_trio.client import Books, Client, Filter
 from sse_trio.discovery import decode
 from sse_trio.history import Batch
 from sse_trio.settings import Settings
@@ -56,6 +56,14 @@ def ids(client: Client) -> list[str]:
 
 def gaps(client: Client) -> list[tuple[str, str]]:
     return [(event.data, event.id) for event in heard(client) if event.event == "gap"]
+
+
+def check_books(broadcaster: Broadcaster) -> Books:
+    """The books of all streams, once they balance: each by itself, and all together."""
+    for books in [*(client.books() for client in broadcaster.clients.values()), broadcaster.books()]:
+        assert books.offered == sum(books[1:]), f"{books} does not balance"
+        assert min(books) >= 0, f"{books} has less than nothing"
+    return broadcaster.books()
 
 
 class Socket:
@@ -215,7 +223,7 @@ async def test_a_parked_client_is_written_to_at_once() -> None:
             nursery.start_soon(client.wait)
             await trio.testing.wait_all_tasks_blocked()
             publish(broadcaster, 1, 2)
-            assert [batch.count for batch in socket.written] == [2]
+            assert [batch.events for batch in socket.written] == [2]
             assert (client.sent, client.queued) == (2, 0)
             nursery.cancel_scope.cancel()
 
@@ -450,5 +458,5 @@ async def test_rounds_hold_no_more_than_a_client_may_have_queued() -> None:
             nursery.start_soon(client.wait)
             await trio.testing.wait_all_tasks_blocked()
             publish(broadcaster, *range(1, 9))
-            assert [batch.count for batch in socket.written] == [3, 3, 2]
+            assert [batch.events for batch in socket.written] == [3, 3, 2]
             nursery.cancel_scope.cancel()

@@ -3,7 +3,7 @@
 A run is drawn from a seed: windows, buffers and history so small that everything overflows, events that are published
 while clients subscribe, read, stall, leave and come back with their cursor, retention that takes what nobody has read,
 and trio's own order of tasks. What each client heard is then compared with what was published: every event once and in
-order, or named by a gap that stands exactly where the events are missing.
+order, or named by a gap that stands exactly where the events are missing. All the while, the books balance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 import trio
 from memory_connection import MemoryConnection
 from support import payload
-from test_broadcaster import event
+from test_broadcaster import check_books, event
 from trio.testing import MockClock
 
 from sse_trio import broadcaster as broadcaster_module
@@ -121,7 +121,9 @@ class World:
                 self.source.first = min(self.source.stored)
             self.broadcaster.publish(batch)
             while self.broadcaster.deliver():
+                check_books(self.broadcaster)
                 await trio.sleep(self.draw.choice([0, 0.01, 0.2]))
+            check_books(self.broadcaster)
             await trio.sleep(self.draw.choice([0, 0, 0.01, 0.3]))
         self.finished = True
 
@@ -141,6 +143,7 @@ class World:
                 until = trio.current_time() + draw.random() * 8
                 while not self._complete(filter, heard, connection) and (stay or trio.current_time() < until):
                     await trio.sleep(draw.choice([0, 0.01, 0.1, 0.9]))
+                    check_books(self.broadcaster)
                     connection.read(draw.choice([50, 200, 1000, 100_000]))
                 if not self._complete(filter, heard, connection) and draw.random() < 0.5:
                     connection.hang_up()
@@ -201,6 +204,9 @@ async def run_world(seed: int, *, durable: bool) -> tuple[int, int]:
                     acting.start_soon(world.client, filter, acting, heard)
             nursery.cancel_scope.cancel()
     assert not world.broadcaster.clients
+    books = check_books(world.broadcaster)
+    assert books.waiting == 0
+    assert books.out + books.undelivered >= sum(told.event == "discovery" for _, heard in clients for told in heard)
     named = sum(world.check(filter, heard) for filter, heard in clients)
     if durable and world.retention is None:
         assert named == 0, "the stream keeps everything: nothing may be missed"
