@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -94,39 +93,6 @@ async def test_a_resource_has_an_etag(nats: NatsServer, tmp_path: Path) -> None:
         assert status == 200
         status, again, body = await request(server.port, "GET", path, headers={"If-None-Match": headers["etag"]})
         assert (status, body, again["etag"]) == (304, b"", headers["etag"])
-
-
-async def test_what_memory_has_forgotten_is_read_from_the_stream_on_any_instance(
-    nats: NatsServer, tmp_path: Path
-) -> None:
-    """Random discoveries, some by clocks that are a day off: each is found, here, there, and after a restart."""
-    draw = random.Random(7)
-    published = []
-    for number in range(300):
-        day = draw.choice(["2026-11-23", "2026-11-24", "2026-11-25"])
-        published.append(
-            a_discovery(
-                number,
-                agent_id=draw.choice(["a", "b/c", "d e"]),
-                discovery_type=draw.choice(TYPES),
-                content=f"{number} " + draw.choice(["plain", "with / slash", "with ? and #", "ünïcödé"]),
-                timestamp=f"{day}T{draw.randrange(24):02}:00:00Z",
-            )
-        )
-    few = {"SSE_HISTORY": "10", "SSE_BUFFER": "10"}
-    async with serving(nats, tmp_path / "one", **few) as one, serving(nats, tmp_path / "two", **few) as two:
-        async with listen(one.port) as client:
-            await client.next("connected")
-            await nats.publish(*(("discoveries.insights", json.dumps(found).encode()) for found in published))
-            events = await client.take(300)
-        for server in (one, two):
-            for found, event in list(zip(published, events, strict=True))[::7]:
-                status, body = await server.get(f"{path_of(uri_of(event))}?event_id={event.id}")
-                assert (status, body["discoveries"]) == (200, [found])
-    async with serving(nats, tmp_path / "again", **few) as again:
-        for found, event in list(zip(published, events, strict=True))[::31]:
-            status, body = await again.get(f"{path_of(uri_of(event))}?event_id={event.id}")
-            assert (status, body["discoveries"]) == (200, [found])
 
 
 async def test_without_event_id_the_stream_is_searched_from_an_hour_before(nats: NatsServer, tmp_path: Path) -> None:
