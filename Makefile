@@ -3,6 +3,7 @@
 #   make test     type check, lint, format check, and the tests with their coverage
 #   make check    the first three of these;  make format  puts the format right
 #   make bench    beside others, on this machine;  make chaos  breaks everything for ten minutes
+#   make soak     2,000 clients come and go for half an hour
 #   make recovery  the figures of coming back: after kill -9, from far back, all at once
 # Tests mostly wait (for deadlines, processes, a browser). JOBS=2 runs two files at once, which is faster; the times that
 # some of them measure then mean less, so it is one by default.
@@ -20,7 +21,7 @@ CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYN
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell $(p) -c '$(FITS)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: demo test versions check format bench recovery chaos clean tools
+.PHONY: demo test versions check format bench recovery chaos soak clean tools
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -57,6 +58,9 @@ recovery: $(VENV)/dev.stamp
 
 chaos: $(VENV)/dev.stamp tools
 	$(BIN)/python tests/chaos.py $(CHAOS)
+
+soak: $(VENV)/dev.stamp
+	$(BIN)/python tests/soak.py $(SOAK)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
