@@ -111,16 +111,17 @@ class Books(NamedTuple):
     """What has become of the events that passed one stream, or all: `offered` is the sum of the others, at any moment.
 
     Each is counted where it happens, none from the others. An event passes a stream once, while that is open: in a
-    round of the live path, or when it is read for it from memory or from JetStream. So what a stream that lags has not
-    read yet has not passed it; nor what retention took before (a gap `expired`), what a new incarnation of the feed cut
-    off (`restart`), or what never came (`upstream`), whose numbers nobody knows. Notices are no events.
+    round of the live path, when it is read for it from memory or from JetStream, or when memory forgets it before. So
+    what a stream that lags has still to read has not passed it; nor what followed when it was ended, for being full or
+    for another reason; nor what retention took first (a gap `expired`), what a new incarnation of the feed cut off
+    (`restart`), or what never came (`upstream`), whose numbers nobody knows. Notices are no events.
     """
 
     offered: int = 0
     out: int = 0
     """Written to the connection. What the kernel still holds when the peer goes may be lost yet."""
     dropped: int = 0
-    """Missed because its queue was full or memory went on; a gap or a goodbye `overflow` tells it."""
+    """Missed because its queue was full or memory went on: what its gaps `overflow` name."""
     filtered: int = 0
     """Kept out by its filter."""
     waiting: int = 0

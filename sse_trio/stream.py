@@ -298,10 +298,9 @@ class EventStream(ConnectionResponse):
 
     async def _skip(self, client: Client, connection: Connection) -> None:
         """History went on without it: say what it missed."""
-        missed = self.broadcaster.skip(client)
         if self.settings.overflow == "disconnect":
             client.end("overflow")
-        elif missed != 0:
+        elif (missed := self.broadcaster.skip(client)) != 0:
             await self._tell_gap(client, connection, "overflow", missed)
 
     async def _find_place(self, client: Client, connection: Connection) -> bool:

@@ -214,6 +214,25 @@ async def test_what_history_no_longer_holds_is_counted_exactly() -> None:
         assert [f.sequence for f in broadcaster.read(filtered, 10)] == [19]
 
 
+async def test_what_passes_memory_before_a_resumed_client_has_read_it_is_counted_exactly() -> None:
+    broadcaster = live_broadcaster(history=3)
+    publish(broadcaster, 1, 2, 3)
+    with broadcaster.subscribe("a", cursor="e-1") as client:
+        publish(broadcaster, 4, 5, 6, 7)
+        assert broadcaster.skip(client) == 3  # 2 to 4
+        assert client.books() == Books(offered=3, dropped=3)
+
+
+async def test_what_passes_memory_after_a_restart_is_counted_from_its_beginning() -> None:
+    broadcaster = live_broadcaster(buffer=2, history=3)
+    with broadcaster.subscribe("a") as client:
+        publish(broadcaster, 1, 2, 3, 4)  # two queued, two to be read
+        broadcaster.open_epoch("f", 0)
+        publish(broadcaster, 1, 2, 3, 4, 5)
+        assert broadcaster.skip(client) == 2
+        assert client.books() == Books(offered=4, dropped=2, waiting=2)
+
+
 async def test_a_parked_client_is_written_to_at_once() -> None:
     broadcaster = live_broadcaster()
     socket = Socket()
