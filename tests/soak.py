@@ -101,7 +101,7 @@ class World:
         self.stop_publishing = False
         self.samples: list[Sample] = []
         self.faults: list[str] = []
-        self.began = time.monotonic()
+        self.began = self.said = time.monotonic()
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
@@ -207,7 +207,8 @@ class World:
             self.say("no more is published; all hear the rest")
             await eventually(lambda: self.acknowledged == crowd.published, "the stream has it all")
             crowd.finish()
-            await self._until(lambda: crowd.unfinished == 0, "all have heard the rest", 120)
+            await self._until(lambda: crowd.unfinished == 0, "all have heard the rest", 180)
+            self.say("all have heard all; all leave")
             crowd.dismiss()
             await self._until(lambda: not crowd.here, "all have left", 60)
             nursery.cancel_scope.cancel()
@@ -218,6 +219,10 @@ class World:
         metrics = await self.metrics()
         arrived = metrics["sse_trio_connects_total"] >= self.crowd.size
         ended = metrics["sse_trio_disconnects_total"] >= warm
+        if time.monotonic() > self.said + 20:
+            self.said = time.monotonic()
+            here, gone = metrics["sse_trio_clients"], metrics["sse_trio_disconnects_total"]
+            self.say(f"{here:,.0f} clients are here, {gone:,.0f} streams have ended")
         return arrived and ended and metrics["sse_trio_history_events"] >= history
 
     async def _until(self, condition: Callable[[], object], what: str, within: float) -> None:

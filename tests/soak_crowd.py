@@ -303,7 +303,7 @@ class Crowd:
         client.socket = sock = socket()
         sock.setblocking(False)
         if client.leaves == "idle":
-            sock.setsockopt(SOL_SOCKET, SO_RCVBUF, 16384)  # or the kernel would read for it for long
+            sock.setsockopt(SOL_SOCKET, SO_RCVBUF, 65536)  # or the kernel would read for it for long
         error = sock.connect_ex(("127.0.0.1", self.port))
         self.here[sock.fileno()] = client
         self.epoll.register(sock.fileno(), select.EPOLLOUT)
@@ -474,8 +474,8 @@ class Crowd:
         if client.cursor is not None:
             client.cursor = max(client.cursor, client.hearing.number_at(client.place))
         # Most are back while memory holds what they missed, some when only the stream does.
-        back_at = trio.current_time() + self.draw.choice([0.02, 0.1, 1.5]) * self.draw.expovariate(1 / self.life)
-        heapq.heappush(self.away, (back_at, client.connection, client))
+        away = self.draw.choice([0.02, 0.1, 1.5]) * self.draw.expovariate(1 / self.life)
+        heapq.heappush(self.away, (trio.current_time() + min(away, 4 * self.life), client.connection, client))
 
     def _account(self, client: Client) -> None:
         counts = client.hearing.counts
