@@ -17,9 +17,9 @@ A peer that is cut off gets an RST, so that the kernel frees its buffer at once.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
-import os
 import socket
 import struct
 import termios
@@ -73,14 +73,20 @@ class Patience:
         self._stop_at = math.inf
 
     async def wait(
-        self, wait: Callable[[], Awaitable[Answer]], left: Callable[[], int | None], since: float | None = None
+        self,
+        wait: Callable[[], Awaitable[Answer]],
+        left: Callable[[], int | None],
+        since: float | None = None,
+        *,
+        least: int = 1,
     ) -> Answer:
         """What `wait()` returns, given time while `left()` shrinks; it was last seen to at `since`, else now.
 
-        `wait` is cancelled and called again every now and then, so cancelling it must lose nothing.
+        `wait` is cancelled and called again every now and then, so cancelling it must lose nothing. Less than `least`
+        does not count until it has added up.
 
         Raises:
-            OutOfPatience: `left()` has not shrunk for `timeout` seconds, or the server has been
+            OutOfPatience: `left()` has not shrunk by `least` for `timeout` seconds, or the server has been
                 stopping for `STOPPING` seconds. Nothing has been done to the peer.
         """
         moved_at = trio.current_time() if since is None else since
@@ -97,9 +103,10 @@ class Patience:
             with trio.move_on_at(min(now + min(STEP, self.timeout / 4), ends_at)):
                 return await wait()
             after = left()
-            if before is not None and after is not None and after < before:
-                moved_at = trio.current_time()
-            before = after
+            if before is None or after is None or after > before:
+                before = after
+            elif after <= before - least:
+                before, moved_at = after, trio.current_time()
 
 
 class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
@@ -114,6 +121,7 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         "_eof",
         "_look_at",
         "_moved_at",
+        "_send",
         "_sending",
         "_watched",
         "_written",
@@ -125,6 +133,8 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
     def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
         super().__init__(timeout, stopping)
         self.stream = stream
+        self._send: Callable[[bytes | bytearray | memoryview], int] = stream.socket._sock.send  # type: ignore[attr-defined]
+        """The socket's own, which knows when it was closed: three objects fewer to fetch for each write."""
         self.stalled = False
         self.held: bytearray | None = None
         """Where it is not None, what is sent collects here, for the holder to write."""
@@ -187,16 +197,17 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
             trio.BrokenResourceError: the peer is gone, or nothing of earlier writes has arrived for the timeout.
             trio.ClosedResourceError: the stream was closed on this side.
         """
-        descriptor = self.socket.fileno()  # asked each time: the number of a closed one may be another connection's
-        if descriptor < 0 or self._eof:
+        if self._eof:
             raise trio.ClosedResourceError("the stream was closed")
         if (now := trio.current_time()) >= self._look_at:
             self._look(now)
         try:
-            sent = os.write(descriptor, data)
+            sent = self._send(data)
         except BlockingIOError:
             return 0
         except OSError as error:
+            if error.errno == errno.EBADF:
+                raise trio.ClosedResourceError("the stream was closed") from None
             raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
         self._written += sent
         if self._watched and self._written - self._acked > SMALL:

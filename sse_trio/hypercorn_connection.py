@@ -38,6 +38,10 @@ log = structlog.get_logger("sse_trio.connection")
 BACKSTOP = 6
 """A shield around a send to Hypercorn lasts this many write timeouts: the deadline below it ends it long before."""
 
+SEGMENT = 1460
+"""Bytes of an HTTP/2 stream that its peer must take, in the write timeout, to count as one that reads. A kernel opens the
+window of a connection by no less; a stream's may be opened by a byte a second, and never be found."""
+
 MAX_STREAMS = 1000
 """Streams that one HTTP/2 connection may have open at once, where Hypercorn's default would stand."""
 
@@ -304,7 +308,7 @@ class _H2Connection(_HypercornConnection):
             return
         if buffer.buffer:
             try:
-                await self._transport.wait(buffer.drain, lambda: len(buffer.buffer))
+                await self._transport.wait(buffer.drain, lambda: len(buffer.buffer), least=SEGMENT)
             except OutOfPatience as error:
                 self.stalled = True
                 self.abort()

@@ -67,6 +67,18 @@ async def test_the_timeout_counts_from_when_the_peer_last_took_something(
     assert 43.2 <= waited <= 33.3 + 10.0 * 1.25
 
 
+async def test_crumbs_are_no_progress_until_they_have_added_up(autojump_clock: trio.testing.MockClock) -> None:
+    patience = Patience(10.0, trio.Event())
+    crumbs = Peer(100_000, rate=100.0)
+    began = trio.current_time()
+    with pytest.raises(OutOfPatience):
+        await patience.wait(crumbs.took_all, crumbs.left, least=1460)
+    assert trio.current_time() - began == pytest.approx(10.0)
+    slow = Peer(10_000, rate=200.0)
+    assert await patience.wait(slow.took_all, slow.left, least=1460) == "done"
+    assert trio.current_time() - began == pytest.approx(60.0, abs=0.1)
+
+
 @pytest.mark.parametrize("timeout", [0.1, 1.0, 10.0, 3600.0])
 async def test_a_peer_that_takes_nothing_is_gone_before_a_quarter_more_than_the_timeout(
     timeout: float, autojump_clock: trio.testing.MockClock
