@@ -111,7 +111,14 @@ def main() -> None:
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes on one socket.")
 @click.option("--certfile", type=click.Path(exists=True, dir_okay=False), help="Certificate chain (PEM): serve TLS.")
 @click.option("--keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key (PEM).")
-def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) -> None:
+@click.option(
+    "--keep-alive",
+    type=click.FloatRange(0, 86400, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds that a connection may wait for its next request; more than a proxy in front keeps its own.",
+)
+def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None, keep_alive: float) -> None:
     """Serve the stream.
 
     Ends on SIGINT, SIGTERM or SIGHUP, after every client was told when to come back.
@@ -133,7 +140,8 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
     async def serve_alone(bound: socket.socket) -> None:
         app = create_app(settings, owns_process=True)
         async with stop_on_signals(app, settings.drain_delay) as stop, trio.open_nursery() as nursery:
-            url = await nursery.start(partial(run_app, app, bound, stop, certfile=certfile, keyfile=keyfile))
+            run = partial(run_app, app, bound, stop, certfile=certfile, keyfile=keyfile, keep_alive=keep_alive)
+            url = await nursery.start(run)
             if not stop.is_set():
                 click.echo(f"sse-trio serves {url}", err=True)
 
@@ -142,8 +150,10 @@ def serve(bind: str, workers: int, certfile: str | None, keyfile: str | None) ->
             trio.run(serve_alone, bound)
         else:
             configure_logging(settings)
-            tls = [] if certfile is None or keyfile is None else ["--certfile", certfile, "--keyfile", keyfile]
-            sys.exit(trio.run(run_workers, workers, bound, tls, settings.drain_delay + GRACE + 5))
+            options = ["--keep-alive", str(keep_alive)]
+            if certfile is not None and keyfile is not None:
+                options += ["--certfile", certfile, "--keyfile", keyfile]
+            sys.exit(trio.run(run_workers, workers, bound, options, settings.drain_delay + GRACE + 5))
 
 
 @main.command(epilog=codes("0 after Ctrl-C; 1 when it cannot start"))

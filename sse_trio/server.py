@@ -36,15 +36,15 @@ __all__ = ["GRACE", "StartError", "bind_socket", "listening", "run_app", "run_wo
 log = structlog.get_logger("sse_trio.server")
 
 KEEP_ALIVE = 30.0
-"""Seconds that a connection may wait for its request. Where ten thousand come at once and the backlog is full, the kernel
-drops requests, and the peer's next copy comes seconds later: Hypercorn's 5 would close what it has just accepted."""
+"""Seconds that a connection may wait for its request, the first or the next. Where ten thousand come at once and the
+backlog is full, the kernel drops requests, and the peer's next copy comes seconds later: Hypercorn's 5 would close what
+it has just accepted. (A proxy that keeps connections open longer than this sends requests to closed ones.)"""
 
 BACKLOG = 4096
 """Connections that wait to be accepted: after a redeploy all clients come back at once."""
 
 GRACE = STOPPING + 1
 """Seconds that Hypercorn gives its connections when it stops: no write takes longer than `STOPPING` then."""
-
 
 HANDSHAKE = 10.0
 """Seconds in which a client has to say who it is over TLS; Hypercorn's own 60 let the silent hold a file for long."""
@@ -136,12 +136,13 @@ async def run_app(
     certfile: str | None = None,
     keyfile: str | None = None,
     grace: float = GRACE,
+    keep_alive: float = KEEP_ALIVE,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` on a listening socket until `stop`, then drain. Starts (`task_status`) with the URL it serves.
 
-    A `stop` that comes during start-up ends that at once. Requests that are under way have `grace` seconds to end. The
-    socket is closed in any case.
+    A `stop` that comes during start-up ends that at once. Requests that are under way have `grace` seconds to end, and
+    connections without one are closed after `keep_alive` seconds. The socket is closed in any case.
 
     Raises:
         LifespanFailureError: start-up failed, or a task of the application did.
@@ -151,7 +152,7 @@ async def run_app(
         url = url_of(bound, "https" if certfile else "http")
         config = Config()
         config.graceful_timeout = grace
-        config.keep_alive_timeout = KEEP_ALIVE
+        config.keep_alive_timeout = keep_alive
         config.certfile, config.keyfile = certfile, keyfile
         config.ssl_handshake_timeout = HANDSHAKE
         config.errorlog = _errors()
