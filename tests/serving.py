@@ -88,21 +88,28 @@ class Server:
     stopped: trio.Event = field(default_factory=trio.Event)
     errors: Errors = field(default_factory=Errors)
     workers: list[Worker] = field(default_factory=list)
+    host: str = "127.0.0.1"
+    make_socket: Callable[[], trio.socket.SocketType] = trio.socket.socket
+    """Makes a client's socket."""
 
     async def connect(self, *, rcvbuf: int | None = None, alpn: str = "http/1.1") -> Any:
         """A SocketStream, or an SSLStream, to this server."""
-        sock = trio.socket.socket()
+        sock = self.make_socket()
         if rcvbuf is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
-        await sock.connect(("127.0.0.1", self.port))
-        stream = trio.SocketStream(sock)
-        if not self.tls:
-            return stream
-        context = ssl.create_default_context()
-        authority().configure_trust(context)
-        context.set_alpn_protocols([alpn])
-        secure = trio.SSLStream(stream, context, server_hostname="localhost", https_compatible=True)
-        await secure.do_handshake()
+        try:
+            await sock.connect((self.host, self.port))
+            stream = trio.SocketStream(sock)
+            if not self.tls:
+                return stream
+            context = ssl.create_default_context()
+            authority().configure_trust(context)
+            context.set_alpn_protocols([alpn])
+            secure = trio.SSLStream(stream, context, server_hostname="localhost", https_compatible=True)
+            await secure.do_handshake()
+        except BaseException:
+            sock.close()
+            raise
         return secure
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import structlog
-from teardown.house import House
+from teardown.house import COMMANDS, House, house
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,18 @@ def _no_log() -> Iterator[None]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield
     structlog.configure(**configured)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(COMMANDS[0], False), (COMMANDS[0], True), (COMMANDS[1], False)],
+    ids=lambda kind: f"{kind[0]}, {'TLS' if kind[1] else 'plain'}",
+)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A server for all tests of a file, by each command; under TLS once, which is Hypercorn's affair in both."""
+    name, secure = request.param
+    with house(tmp_path_factory.mktemp("house"), name, secure=secure) as made:
+        yield made
 
 
 @pytest.fixture

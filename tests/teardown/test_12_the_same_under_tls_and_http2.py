@@ -1,7 +1,7 @@
-"""12. The same peers under TLS, and on one HTTP/2 stream beside healthy ones.
+"""12. What is particular to TLS, and the same peers on one HTTP/2 stream beside healthy ones.
 
-The guarantee: nothing of 11 depends on the wire. Under TLS the deadline lies below the encryption (whose closing
-writes, too), and an HTTP/2 stream that is not read is reset alone: the others on its connection do not notice.
+The guarantee: nothing of 11 depends on the wire. An HTTP/2 stream that is not read, or is read by the byte, is reset
+alone: the others on its connection do not notice.
 
 The trap: Hypercorn's HTTP/2 has no back-pressure to speak of (`StreamBuffer.pop(0)` in `hypercorn/protocol/h2.py`
 releases the pause that `push` has just set): at zero window everything that is sent piles up in the server's memory.
@@ -12,16 +12,30 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 
 import h2.errors
+import h2.exceptions
 import pytest
-import serving
 import trio
 from serving import H2Client, h2_client
-from support import WITHIN, eventually, fail_within
-from teardown.house import COMMANDS, KEEPALIVE, SLACK, WRITE_TIMEOUT, House, house, note, reset
-
-FLOOD = 300
+from support import eventually
+from teardown.house import (
+    COMMANDS,
+    FLOOD,
+    KEEPALIVE,
+    SOON,
+    WRITE_TIMEOUT,
+    House,
+    Namespace,
+    OtherEnd,
+    flooded,
+    house,
+    listening,
+    note,
+    reset,
+    wire,
+)
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -34,53 +48,32 @@ def path_for(agent_id: str) -> str:
     return f"/discoveries/stream?agent_id={agent_id}&detail=full"
 
 
-async def connect(server: House, agent_id: str, rcvbuf: int | None = None) -> trio.SSLStream[trio.SocketStream]:
-    """A client over HTTP/1.1 and TLS that has been told that it is connected."""
-    stream: trio.SSLStream[trio.SocketStream] = await serving.Server(server.port, tls=True).connect(rcvbuf=rcvbuf)
-    await stream.send_all(serving.get(path_for(agent_id)))
-    await serving.read_until(stream, b"event: connected")
-    return stream
+async def test_a_reader_that_closes_with_a_close_notify_is_gone_at_once(server: House) -> None:
+    async with listening(server, "closing") as stream, trio.open_nursery() as nursery:
+
+        async def close() -> None:
+            with suppress(trio.BrokenResourceError):  # the server need not answer it
+                await stream.stream.unwrap()  # type: ignore[attr-defined]
+
+        nursery.start_soon(close)
+        note("TLS: close with close_notify", await server.gone("closing"), 0, server.kind)
+        assert server.reason("closing") == "left"
+        nursery.cancel_scope.cancel()
 
 
-async def test_under_tls_a_reader_that_stops_is_cut_off_after_the_write_timeout(server: House) -> None:
-    stream = await connect(server, "stalled", rcvbuf=4096)
-    began = trio.current_time()
-    await server.publish(FLOOD)
-    await server.gone("stalled", WRITE_TIMEOUT + SLACK)
-    note("TLS: stalled reader", trio.current_time() - began, WRITE_TIMEOUT, server.command)
-    assert server.reason("stalled") == "stalled"
-    await trio.aclose_forcefully(stream)
-
-
-async def test_under_tls_a_reader_that_resets_is_gone_at_once(server: House) -> None:
-    stream = await connect(server, "resetting")
-    reset(stream.transport_stream)
-    note("TLS: reset", await server.gone("resetting", SLACK), 0, server.command)
-
-
-async def test_under_tls_a_reader_that_closes_without_a_close_notify_is_gone_at_once(server: House) -> None:
-    stream = await connect(server, "closing")
-    stream.transport_stream.socket.close()
-    note("TLS: close without close_notify", await server.gone("closing", SLACK), 0, server.command)
-
-
-async def test_under_tls_a_reader_that_closes_its_half_is_taken_to_have_left(server: House) -> None:
-    stream = await connect(server, "half-closed")
-    await stream.transport_stream.send_eof()
-    note("TLS: half-closed", await server.gone("half-closed", SLACK), 0, server.command)
-    await trio.aclose_forcefully(stream)
-
-
-async def test_a_peer_that_begins_a_handshake_and_no_more_is_closed(server: House) -> None:
-    """Hypercorn's `ssl_handshake_timeout` is 60 s: this one leaves before."""
+async def test_a_peer_that_leaves_in_the_middle_of_its_handshake_is_gone_at_once(server: House) -> None:
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
-    context = ssl.create_default_context()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    hello = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
     with pytest.raises(ssl.SSLWantReadError):
         hello.do_handshake()
     await stream.send_all(outgoing.read()[:100])
+    is_open = await OtherEnd(stream).descriptor(server)
+    assert is_open()
+    began = trio.current_time()
     await stream.aclose()
+    await eventually(lambda: not is_open(), "its descriptor is closed", SOON)
+    note("TLS: close in mid-handshake", trio.current_time() - began, 0, server.kind)
 
 
 async def beside(client: H2Client, agent_id: str, *, stalled: bool = False) -> int:
@@ -90,14 +83,29 @@ async def beside(client: H2Client, agent_id: str, *, stalled: bool = False) -> i
     return number
 
 
-async def test_a_stream_that_is_not_read_is_reset_alone_and_its_neighbours_hear_everything(server: House) -> None:
-    async with h2_client(serving.Server(server.port, tls=True)) as client:
+@pytest.mark.parametrize("kind", ["stalled", "trickling"])
+async def test_a_stream_that_is_not_read_is_reset_alone_and_its_neighbours_hear_everything(
+    kind: str, server: House
+) -> None:
+    async with h2_client(server.peers) as client:
         stalled = await beside(client, "stalled", stalled=True)
         healthy = [await beside(client, f"healthy-{number}") for number in range(3)]
-        began = trio.current_time()
-        await server.publish(FLOOD)
-        await server.gone("stalled", WRITE_TIMEOUT + SLACK)
-        note("HTTP/2: one stalled stream beside three", trio.current_time() - began, WRITE_TIMEOUT, server.command)
+        async with trio.open_nursery() as nursery:
+
+            async def trickle() -> None:
+                with suppress(h2.exceptions.ProtocolError):  # it was reset
+                    while True:
+                        client.connection.increment_flow_control_window(1, stalled)
+                        await client.flush()
+                        await trio.sleep(1)  # this is the peer: a byte a second
+
+            if kind == "trickling":
+                nursery.start_soon(trickle)
+            note(
+                f"HTTP/2: one {kind} stream beside three", await flooded(server, "stalled"), WRITE_TIMEOUT, server.kind
+            )
+            nursery.cancel_scope.cancel()
+        assert server.reason("stalled") == "stalled"
         await client.until(lambda: client.answers[stalled].reset is not None, "the stream is reset")
         assert client.answers[stalled].reset == h2.errors.ErrorCodes.CANCEL
         neighbours = [client.answers[number] for number in healthy]
@@ -107,17 +115,19 @@ async def test_a_stream_that_is_not_read_is_reset_alone_and_its_neighbours_hear_
 
 
 async def test_a_stream_that_its_peer_resets_is_gone_at_once_and_its_neighbour_stays(server: House) -> None:
-    async with h2_client(serving.Server(server.port, tls=True)) as client:
+    async with h2_client(server.peers) as client:
         leaving, staying = await beside(client, "leaving"), await beside(client, "staying")
         client.connection.reset_stream(leaving, h2.errors.ErrorCodes.CANCEL)
         await client.flush()
-        note("HTTP/2: one stream is reset", await server.gone("leaving", SLACK), 0, server.command)
+        note("HTTP/2: one stream is reset", await server.gone("leaving"), 0, server.kind)
+        assert server.reason("leaving") == "left"
         await server.publish(1)
         await client.until(lambda: b"event: discovery" in client.answers[staying].body, "the other hears on")
 
 
 async def test_a_connection_that_is_not_read_at_all_is_cut_off_with_all_its_streams(server: House) -> None:
-    stream = await serving.Server(server.port, tls=True).connect(rcvbuf=4096, alpn="h2")
+    stream = await server.peers.connect(rcvbuf=4096, alpn="h2")
+    other_end = OtherEnd(stream)
     client = H2Client(stream, 65535)
     client.connection.initiate_connection()
     for agent in ("one", "two"):
@@ -127,29 +137,65 @@ async def test_a_connection_that_is_not_read_at_all_is_cut_off_with_all_its_stre
         return sorted(await server.clients()) == ["one", "two"]
 
     await eventually(both, "both are registered")
-    began = trio.current_time()
-    await server.publish(FLOOD)
-    await server.gone("one", WRITE_TIMEOUT + SLACK)
-    await server.gone("two", SLACK)
-    note("HTTP/2: a connection that is not read", trio.current_time() - began, WRITE_TIMEOUT, server.command)
+    seconds = await flooded(server, "one")
+    await server.gone("two")
+    note("HTTP/2: a connection that is not read", seconds, WRITE_TIMEOUT, server.kind)
+    assert other_end.unsent is None
     await trio.aclose_forcefully(stream)
 
 
 async def test_a_connection_that_resets_takes_all_its_streams_along_at_once(server: House) -> None:
-    async with h2_client(serving.Server(server.port, tls=True)) as client:
+    async with h2_client(server.peers) as client:
         for agent in ("one", "two", "three"):
             await beside(client, agent)
-        reset(client.stream.transport_stream)
+        reset(client)
         for agent in ("one", "two", "three"):
-            note("HTTP/2: the connection is reset", await server.gone(agent, SLACK), 0, server.command)
+            note("HTTP/2: the connection is reset", await server.gone(agent), 0, server.kind)
+            assert server.reason(agent) == "left"
 
 
-async def test_a_healthy_reader_under_tls_is_kept_alive_and_not_cut_off(server: House) -> None:
-    stream = await connect(server, "healthy")
-    heard = b""
-    with fail_within(WITHIN, "three keep-alives are heard"):
-        while heard.count(b": keep-alive") < 3:
-            heard += await stream.receive_some()
-    assert await server.clients() == ["healthy"]
-    await trio.aclose_forcefully(stream)
-    await server.gone("healthy", KEEPALIVE + SLACK)
+async def test_a_connection_that_closes_its_half_takes_all_its_streams_along_at_once(server: House) -> None:
+    async with h2_client(server.peers) as client:
+        for agent in ("one", "two"):
+            await beside(client, agent)
+        await wire(client).send_eof()
+        for agent in ("one", "two"):
+            note("HTTP/2: the connection is half-closed", await server.gone(agent), 0, server.kind)
+            assert server.reason(agent) == "left"
+        await eventually(lambda: client.closed, "the server closes its half, too")
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    with Namespace() as made:
+        yield made
+
+
+async def test_a_connection_that_vanishes_in_silence_is_gone_after_keep_alive_and_write_timeout(
+    namespace: Namespace, server: House
+) -> None:
+    async with h2_client(namespace.to(server)) as client:
+        other_end = OtherEnd(client)
+        for agent in ("one", "two"):
+            await beside(client, agent)
+        namespace.swallow()
+        bound = KEEPALIVE + WRITE_TIMEOUT
+        note("HTTP/2: vanished, no traffic", await server.gone("one", bound), bound, server.kind)
+        await server.gone("two")
+        assert other_end.unsent is None
+
+
+async def test_a_connection_that_vanishes_under_traffic_is_gone_after_the_write_timeout(
+    namespace: Namespace, server: House
+) -> None:
+    async with h2_client(namespace.to(server)) as client, h2_client(server.peers) as other:
+        other_end = OtherEnd(client)
+        for agent in ("one", "two"):
+            await beside(client, agent)
+        staying = await beside(other, "staying")
+        namespace.swallow()
+        note("HTTP/2: vanished, under a flood", await flooded(server, "one"), WRITE_TIMEOUT, server.kind)
+        await server.gone("two")
+        assert other_end.unsent is None
+        heard = other.answers[staying]
+        await other.until(lambda: heard.body.count(b"event: discovery") == FLOOD, "who stays hears everything")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 from support import WITHIN, RawStream, a_discovery, eventually, fail_within, listen
-from teardown.house import COMMANDS, IDLE, House, count_descriptors, house, report, reset
+from teardown.house import COMMANDS, IDLE, House, count_descriptors, held_by_the_kernel, house, report, reset
 
 FULL = os.environ.get("TEARDOWN") == "full"
 HEALTHY, STALLED, SECONDS = (800, 200, 60.0) if FULL else (80, 20, 4.0)
@@ -57,6 +57,8 @@ class Listeners:
     arrivals: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(50))
     heard: dict[int, int] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
+    held_mb: float = 0.0
+    """The most that the kernel held for all of the server's peers."""
 
     async def read(self, port: int, number: int, until: int) -> None:
         """Read until the discovery with the number `until`."""
@@ -108,6 +110,7 @@ async def minute(server: House, stalled: int) -> Listeners:
                 flood = [("discoveries.insights", json.dumps(a_discovery(content="x" * 30_000)).encode())]
                 quiet = a_discovery(agent_role="Quiet", content=f"{index} {time.time()}")
                 await server.nats.publish(*flood, ("discoveries.insights", json.dumps(quiet).encode()))
+                listeners.held_mb = max(listeners.held_mb, held_by_the_kernel(server.port) / 1e6)
         await idle_out(server)
         idle.cancel_scope.cancel()
     assert listeners.heard == dict.fromkeys(range(HEALTHY), total), "the healthy ones lose nothing"
@@ -129,12 +132,13 @@ async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(
     before, kernel_before, files_before = resident(worker), kernel_memory(), await server.settled()
     alone = await minute(server, 0)
     among = await minute(server, STALLED)
+    await eventually(lambda: held_by_the_kernel(server.port) == 0, "the kernel has freed its buffers")
     await eventually(lambda: count_descriptors(worker) <= files_before, "the descriptors are closed")
     after, kernel_after = resident(worker), kernel_memory()
     again = await minute(server, 0) if FULL else alone
     report(
         f"{STALLED} stalled among {HEALTHY + STALLED}, {SECONDS:g} s",
-        server.command,
+        server.kind,
         p99_alone_ms=alone.percentile(0.99),
         p99_alone_again_ms=again.percentile(0.99),
         p99_among_stalled_ms=among.percentile(0.99),
@@ -142,11 +146,18 @@ async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(
         resident_after_mb=after,
         kernel_before_mb=kernel_before,
         kernel_after_mb=kernel_after,
+        kernel_held_for_stalled_mb=among.held_mb,
     )
+    assert among.held_mb > STALLED * 0.01, "those who stalled had filled their buffers"
     assert after - before < 20, f"{before:.0f} MB before, {after:.0f} MB after"
-    # A busy machine is late for reasons of its own: the ratio itself is for the full run, on a quiet one.
-    without = max(alone.percentile(0.99), again.percentile(0.99))
-    assert among.percentile(0.99) <= (1.5 * without if FULL else 5 * max(without, 20))
+    if FULL:  # alone on a quiet machine: the kernel's sum is everybody's, and lateness has many reasons
+        assert kernel_after - kernel_before < 5, f"{kernel_before:.0f} MB before, {kernel_after:.0f} MB after"
+        without = max(alone.percentile(0.99), again.percentile(0.99))
+        assert among.percentile(0.99) <= 1.5 * without
+    else:
+        assert among.percentile(0.99) < 1000 * SECONDS / 2, (
+            "who waited for one that stalled was late by the write timeout"
+        )
 
 
 async def at_rest(server: House) -> int:
@@ -157,7 +168,7 @@ async def at_rest(server: House) -> int:
         nonlocal last, since
         now = await server.tasks()
         last, since = (last, since) if now == last else (now, trio.current_time())
-        return trio.current_time() - since > IDLE[server.command] + 1
+        return trio.current_time() - since > IDLE + 1
 
     await eventually(stands_still, "the number of tasks stands still", 4 * WITHIN)
     return last
@@ -225,7 +236,7 @@ async def test_clients_who_come_and_go_in_every_way_leave_the_process_as_it_was(
     after = resident(worker)
     report(
         f"{CYCLES} clients come and go",
-        server.command,
+        server.kind,
         seconds=seconds,
         descriptors_before=files,
         descriptors_after=count_descriptors(worker),
