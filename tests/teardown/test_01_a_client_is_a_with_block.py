@@ -4,8 +4,8 @@ The guarantee: whatever ends a stream, wherever it stands, the moment it has end
 never been there. The pattern is in `Broadcaster.subscribe`: membership in a dictionary needs no await, so the context
 manager is a synchronous one, and cancellation, which is delivered at awaits only, has nowhere to land inside it.
 
-The second half of this file is what proves the first: seven wrong ways to do the same, each seen in a real program,
-each rejected.
+The second half of this file is what proves the first: nine wrong ways to do the same, each seen in a real program,
+each rejected. (The same parts put together rightly pass: what is rejected is the mistake.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import trio
 from teardown.lab import Lab, discoveries
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sse_trio.broadcaster import Audience, Broadcaster
-from sse_trio.client import EVERYTHING, Client, Filter
+from sse_trio.broadcaster import Broadcaster
+from sse_trio.client import EVERYTHING, Audience, Client, Filter
 from sse_trio.connection import Connection
 from sse_trio.stream import EventStream
 from sse_trio.testing import Report, TeardownError, cancel_at_every_step, raise_at_every_step
@@ -94,13 +94,13 @@ async def test_a_client_that_meets_a_bug_of_ours_at_any_await_was_never_there(au
 
 def register(hub: Broadcaster, agent_id: str, filter: Filter) -> Client:
     """What `Broadcaster.subscribe` does on entry."""
-    client = Client(agent_id, filter, capacity=hub.settings.buffer, overflow=hub.settings.overflow)
     audience = hub._audiences.setdefault(filter, Audience(filter))
+    client = Client(agent_id, audience, capacity=hub.settings.buffer, overflow=hub.settings.overflow)
     audience.clients[client] = None
     hub.clients[client.id] = client
     hub.connects += 1
     client.told = client.position = hub.head
-    client.live = True
+    client.join()
     return client
 
 
@@ -112,6 +112,31 @@ def unregister(hub: Broadcaster, client: Client) -> None:
     if not audience.clients:
         del hub._audiences[client.filter]
     client.close()
+
+
+class PutRight(Broadcaster):
+    """What the wrong broadcasters below were meant to be."""
+
+    @contextmanager
+    def subscribe(self, agent_id: str, filter: Filter = EVERYTHING, **options: Any) -> Iterator[Client]:
+        client = register(self, agent_id, filter)
+        try:
+            yield client
+        finally:
+            unregister(self, client)
+
+
+class StreamPutRight(EventStream):
+    """What the wrong streams below were meant to be."""
+
+    async def _subscribed(self, connection: Connection) -> None:
+        client = register(self.broadcaster, self.agent_id, self.filter)
+        try:
+            await connection.write(b": welcome\n")
+            await self._serve(client, connection)
+        finally:
+            self.broadcaster.disconnects["left"] += 1
+            unregister(self.broadcaster, client)
 
 
 class NoFinally(Broadcaster):
@@ -253,6 +278,16 @@ class AsyncWithBlock(EventStream):
             await self._serve(client, connection)
 
 
+def lab_with(part: type[Broadcaster] | type[EventStream]) -> Lab:
+    return Lab(hub=part) if issubclass(part, Broadcaster) else Lab(stream=part)
+
+
+@pytest.mark.parametrize("part", [PutRight, StreamPutRight])
+async def test_the_harness_accepts(part: type[Broadcaster] | type[EventStream], autojump_clock: MockClock) -> None:
+    report = await at_every_step(lab_with(part))
+    assert report.steps > 10
+
+
 @pytest.mark.parametrize(
     ("mistake", "complaint"),
     [
@@ -270,9 +305,8 @@ class AsyncWithBlock(EventStream):
 async def test_the_harness_rejects(
     mistake: type[Broadcaster] | type[EventStream], complaint: str, autojump_clock: MockClock
 ) -> None:
-    lab = Lab(hub=mistake) if issubclass(mistake, Broadcaster) else Lab(stream=mistake)
     with pytest.raises(TeardownError, match=complaint):
-        await at_every_step(lab)
+        await at_every_step(lab_with(mistake))
 
 
 def subscription_of(hub: Broadcaster) -> AbstractContextManager[Client]:
