@@ -17,9 +17,9 @@ A peer that is cut off gets an RST, so that the kernel frees its buffer at once.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import math
+import os
 import socket
 import struct
 import termios
@@ -121,7 +121,6 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         "_eof",
         "_look_at",
         "_moved_at",
-        "_send",
         "_sending",
         "_watched",
         "_written",
@@ -133,8 +132,6 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
     def __init__(self, stream: trio.SocketStream, timeout: float, stopping: Stopping) -> None:
         super().__init__(timeout, stopping)
         self.stream = stream
-        self._send: Callable[[bytes | bytearray | memoryview], int] = stream.socket._sock.send  # type: ignore[attr-defined]
-        """The socket's own, which knows when it was closed: three objects fewer to fetch for each write."""
         self.stalled = False
         self.held: bytearray | None = None
         """Where it is not None, what is sent collects here, for the holder to write."""
@@ -197,17 +194,16 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
             trio.BrokenResourceError: the peer is gone, or nothing of earlier writes has arrived for the timeout.
             trio.ClosedResourceError: the stream was closed on this side.
         """
-        if self._eof:
+        descriptor = self.socket.fileno()  # asked each time: the number of a closed one may be another connection's
+        if descriptor < 0 or self._eof:
             raise trio.ClosedResourceError("the stream was closed")
         if (now := trio.current_time()) >= self._look_at:
             self._look(now)
         try:
-            sent = self._send(data)
+            sent = os.write(descriptor, data)
         except BlockingIOError:
             return 0
         except OSError as error:
-            if error.errno == errno.EBADF:
-                raise trio.ClosedResourceError("the stream was closed") from None
             raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
         self._written += sent
         if self._watched and self._written - self._acked > SMALL:
