@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,11 +19,17 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from sse_trio.access import Access
 from sse_trio.broadcaster import Broadcaster, Latency
-from sse_trio.nats_feed import NatsFeed
+from sse_trio.discovery import Reason
+from sse_trio.limits import Limit
+from sse_trio.nats_feed import FeedCounters, NatsFeed
+from sse_trio.sse import GapReason, GoodbyeReason
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+ENDS = (*get_args(GoodbyeReason), "left", "broken", "stalled", "spoke early", "error")
+"""Why a stream ends: with a goodbye, or without one."""
 
 INTERVAL = 1.0
 """Seconds between two updates while other workers may be asked about us."""
@@ -55,10 +61,15 @@ class Metrics:
         self._feed_live = self._gauge("sse_trio_feed_live", "1 while the feed is live.", "livemin")
         self._history = self._gauge("sse_trio_history_events", "Events held in memory.", "livemax")
         self._connects = self._counter("sse_trio_connects", "Streams that were opened.")
-        self._disconnects = self._counter("sse_trio_disconnects", "Streams that ended, by reason.", "reason")
-        self._refused = self._counter("sse_trio_refused", "Streams that were refused, by the limit reached.", "limit")
+        self._disconnects = self._counter("sse_trio_disconnects", "Streams that ended, by reason.", "reason", ENDS)
+        self._refused = self._counter(
+            "sse_trio_refused", "Streams that were refused, by the limit reached.", "limit", get_args(Limit)
+        )
         self._events_in = self._counter(
-            "sse_trio_events_in", "Messages from NATS, by outcome: published, or why not.", "outcome"
+            "sse_trio_events_in",
+            "Messages from NATS, by outcome: published, or why not.",
+            "outcome",
+            ("published", *get_args(Reason), "lost"),
         )
         self._offered = self._counter(
             "sse_trio_events_offered",
@@ -74,11 +85,14 @@ class Metrics:
         self._undelivered = self._counter(
             "sse_trio_events_undelivered", "Events that still waited for a stream when it ended."
         )
-        self._gaps = self._counter("sse_trio_gaps", "Gaps that streams were told of, by reason.", "reason")
+        self._gaps = self._counter(
+            "sse_trio_gaps", "Gaps that streams were told of, by reason.", "reason", get_args(GapReason)
+        )
         self._resumes = self._counter(
             "sse_trio_resumes",
             "Cursors that streams came with, by where they resume.",
             "source",
+            ("memory", "stream", "none"),
         )
         self._attempts = self._counter("sse_trio_feed_attempts", "Connections to NATS that were tried.")
         self._reconnects = self._counter("sse_trio_feed_reconnects", "Times that the feed came back.")
@@ -94,8 +108,12 @@ class Metrics:
     def _gauge(self, name: str, text: str, mode: str = "livesum") -> Gauge:
         return Gauge(name, text, registry=self._registry, multiprocess_mode=mode)  # type: ignore[arg-type]
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self._registry)
+    def _counter(self, name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
+        """One that begins at 0 for each value of its label: Prometheus sees no increase in what was not there."""
+        counter = Counter(name, text, [label] if label else [], registry=self._registry)
+        for value in values:
+            counter.labels(value)
+        return counter
 
     async def run(self) -> None:
         """Keep what other workers tell about us fresh, for ever; returns at once for a single process."""
@@ -131,7 +149,7 @@ class Metrics:
         self._add(self._connects, broadcaster.connects)
         self._add_each(self._disconnects, broadcaster.disconnects)
         self._add_each(self._refused, self._access.statistics().refused)
-        self._add_each(self._events_in, {"published": feed.counters.decoded, **feed.counters.invalid})
+        self._add_each(self._events_in, self._outcomes(feed.counters))
         books = broadcaster.books()
         self._add(self._offered, books.offered)
         self._add(self._events_out, books.out)
@@ -152,6 +170,10 @@ class Metrics:
             # A histogram takes one observation at a time, and we have a million a second.
             self._latency._buckets[index].inc(self._new(("latency", str(index)), count))
         self._latency._sum.inc(self._new(("latency",), latency.sum))
+
+    @staticmethod
+    def _outcomes(counters: FeedCounters) -> dict[str, int]:
+        return {"published": counters.decoded, **counters.invalid, "lost": counters.lost}
 
     def _new(self, key: tuple[str, ...], total: float) -> float:
         """What has been added to a total since it was last asked for."""

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+import trio
 from prometheus_client.parser import text_string_to_metric_families
-from support import NatsServer, Server, eventually, listen, payload, request, run_server
+from support import NatsServer, Server, eventually, listen, nats_server, payload, request, run_server
+
+from sse_trio.access import Access
+from sse_trio.broadcaster import Broadcaster
+from sse_trio.metrics import Metrics
+from sse_trio.nats_feed import NatsFeed
+from sse_trio.settings import Settings
+
+SUBJECT = "discoveries.insights"
 
 
 async def metrics(server: Server) -> dict[str, float]:
     """Every sample by its name and labels."""
     status, headers, body = await request(server.port, "GET", "/metrics")
     assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    return samples(body)
+
+
+def samples(rendered: bytes) -> dict[str, float]:
     return {
         sample.name + "".join(f",{name}={value}" for name, value in sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(body.decode())
+        for family in text_string_to_metric_families(rendered.decode())
         for sample in family.samples
     }
 
@@ -46,7 +61,134 @@ async def _gone(server: Server) -> bool:
     return (await metrics(server))["sse_trio_clients"] == 0
 
 
+def test_every_label_begins_at_zero_so_that_its_first_increase_is_seen() -> None:
+    settings = Settings()
+    broadcaster = Broadcaster(settings)
+    feed = NatsFeed(settings, broadcaster)
+    metrics = Metrics(broadcaster, feed, Access(settings), "here")
+    first = samples(metrics.render())
+    assert first["sse_trio_gaps_total,reason=expired"] == 0
+    feed.counters.lost += 3
+    feed.counters.invalid["schema"] += 2
+    broadcaster.gaps.update(["restart"])
+    broadcaster.disconnects.update(["stalled"])
+    broadcaster.resumes.update(["stream"])
+    second = samples(metrics.render())
+    assert {name: value for name, value in second.items() if value != first[name]} == {
+        "sse_trio_events_in_total,outcome=lost": 3,
+        "sse_trio_events_in_total,outcome=schema": 2,
+        "sse_trio_gaps_total,reason=restart": 1,
+        "sse_trio_disconnects_total,reason=stalled": 1,
+        "sse_trio_resumes_total,source=stream": 1,
+    }
+
+
 async def test_the_metrics_say_which_instance_they_speak_for(core_nats: NatsServer, tmp_path: Path) -> None:
     async with run_server(tmp_path, nats_url=core_nats.url) as server:
         instance = (await server.get("/clients"))[1]["instance"]
         assert (await metrics(server))[f"sse_trio_instance,instance={instance}"] == 1
+
+
+async def clients(server: Server) -> dict[str, dict[str, int]]:
+    """`GET /clients`, by agent."""
+    return {client["agent_id"]: client for client in (await server.get("/clients"))[1]["clients"]}
+
+
+def check_books(counted: dict[str, float]) -> None:
+    """What passed the streams is what has become of it."""
+    counters = ("out", "dropped", "filtered", "undelivered")
+    parts = [counted[f"sse_trio_events_{name}_total"] for name in counters] + [counted["sse_trio_events_waiting"]]
+    assert counted["sse_trio_events_offered_total"] == sum(parts), parts
+
+
+def check_client(client: dict[str, int]) -> None:
+    assert client["offered"] == sum(client[name] for name in ("sent", "dropped", "filtered", "waiting")), client
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["jetstream", "core"])
+async def test_in_a_real_run_the_books_balance_for_each_client_and_in_total(durable: bool, tmp_path: Path) -> None:
+    """With JetStream a slow client reads on from memory and the stream; on core NATS, without memory, it loses some."""
+    total, half = 2000, 1000
+    audits = 0
+
+    async def audit(server: Server) -> None:
+        nonlocal audits
+        check_books(await metrics(server))
+        for client in (await clients(server)).values():
+            check_client(client)
+        audits += 1
+
+    async def publish(first: int, last: int) -> None:
+        for start in range(first, last, 50):
+            numbers = range(start, start + 50)
+            await nats.publish(
+                *((SUBJECT, payload(n, agent_id="odd" if n % 2 else "even", content="x" * 2000)) for n in numbers)
+            )
+            await audit(server)
+
+    async def settled(*, but: str = "") -> bool:
+        """Whether all, or all but one, have been served."""
+        await audit(server)
+        here = await clients(server)
+        return all(client["waiting"] == 0 for name, client in here.items() if name != but)
+
+    async def visitor_gone() -> bool:
+        return "visitor" not in await clients(server)
+
+    env = {"SSE_BUFFER": "128", "SSE_HISTORY": "100" if durable else "0", "SSE_WRITE_TIMEOUT": "60"}
+    async with (
+        nats_server(tmp_path / "nats", jetstream=durable) as nats,
+        run_server(tmp_path, nats_url=nats.url, env=env) as server,
+    ):
+        await eventually(server.is_live, "the feed is live")
+        async with (
+            listen(server.port, "all") as everything,
+            listen(server.port, "odd", query="&agent=odd") as odd,
+            listen(server.port, "none", query="&agent=nobody") as nothing,
+            listen(server.port, "slow", query="&agent=odd&detail=full", rcvbuf=4096) as slow,
+        ):
+            for stream in (everything, odd, nothing, slow):
+                await stream.next("connected")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(everything.take, total)
+                nursery.start_soon(odd.take, total // 2)
+                async with listen(server.port, "visitor", query="&detail=full", rcvbuf=4096) as visitor:
+                    await visitor.next("connected")
+                    await publish(0, half)
+                await eventually(visitor_gone, "the visitor is gone")
+                await publish(half, total)
+            await eventually(lambda: settled(but="slow"), "all who read have been served")
+            behind = (await clients(server))["slow"]
+            assert 0 < behind["sent"] < total // 2, "it has not read anything"
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(slow.read_until, lambda: slow.events[-1].event == "the end", "it is closed")
+
+                async def caught_up() -> bool:
+                    return await settled() and (await clients(server))["slow"]["offered"] == total
+
+                await eventually(caught_up, "the slow one has caught up")
+                nursery.cancel_scope.cancel()
+            here = await clients(server)
+            dropped = here["slow"]["dropped"]
+            assert (dropped == 0) == durable
+            gaps = [json.loads(told.data) for told in slow.events if told.event == "gap"]
+            assert dropped == sum(gap["missed"] for gap in gaps)
+            assert len([told for told in slow.events if told.event == "discovery"]) == total // 2 - dropped
+            for name, out, filtered, lost in (
+                ("all", total, 0, 0),
+                ("odd", total // 2, total // 2, 0),
+                ("none", 0, total, 0),
+                ("slow", total // 2 - dropped, total // 2, dropped),
+            ):
+                books = {key: here[name][key] for key in ("offered", "sent", "filtered", "dropped", "waiting")}
+                assert books == {"offered": total, "sent": out, "filtered": filtered, "dropped": lost, "waiting": 0}
+        await eventually(lambda: _gone(server), "all are gone")
+        counted = await metrics(server)
+        check_books(counted)
+        visited = counted["sse_trio_events_offered_total"] - 4 * total
+        assert 0 < visited <= half
+        assert counted["sse_trio_events_in_total,outcome=published"] == total
+        assert counted["sse_trio_events_filtered_total"] == 2 * total
+        assert counted["sse_trio_events_waiting"] == 0
+        assert counted["sse_trio_events_undelivered_total"] > 0, "the visitor left while it was being written to"
+        assert audits > total / 50
