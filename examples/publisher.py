@@ -1,6 +1,6 @@
 """An agent in plain nats-py and asyncio, without any of sse-trio: shares five discoveries.
 
-Try it, with a server running (`make demo` prints its address; for the demo's NATS use its own agents instead):
+Try it (with `make demo` instead, set NATS_URL to what the demo prints after "Share one:", and run the last line only):
 
     nats-server &
     sse-trio serve &

@@ -1,64 +1,23 @@
-"""What the README and the pages say is so: commands are run, tables are compared, links lead somewhere."""
+"""What the README and the pages say is so: tables are compared, links lead somewhere, what is named exists.
+
+Their blocks of code are run by tests/test_snippets.py.
+"""
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-from support import NatsServer, eventually, listen, payload, run_server
 
+from sse_trio.cli import main
 from sse_trio.metrics import Metrics
 from sse_trio.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return [text for name, text in BLOCK.findall(page.read_text()) if name == language]
-
-
-def shape(text: str) -> str:
-    """A text with what differs from run to run taken out."""
-    text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID", text)
-    text = re.sub(r"^retry: \d+$", "retry: N", text, flags=re.MULTILINE)
-    return re.sub(r"^id: [a-z0-9]+-\d+$", "id: ID", text, flags=re.MULTILINE).strip()
-
-
-async def test_the_readmes_curl_commands_print_what_it_says(nats: NatsServer, tmp_path: Path) -> None:
-    stream, resource = blocks(ROOT / "README.md", "console")
-    async with run_server(tmp_path, nats_url=nats.url) as server, listen(server.port) as witness:
-        await witness.next("connected")
-        command, _, expected = stream.partition("\n")
-        printed = tmp_path / "stream"
-        with printed.open("wb") as output:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", f"exec {command.removeprefix('$ ').replace(':3000', f':{server.port}')}"],
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-            )
-        try:
-            await eventually(lambda: "connected" in printed.read_text(), "curl is connected")
-            discovery = payload(content="unusual login pattern")
-            await nats.publish(("discoveries.insights", discovery))
-            await eventually(lambda: "discovery" in printed.read_text(), "curl prints the discovery")
-        finally:
-            process.kill()
-            process.wait()
-        assert shape(printed.read_text()) == shape(expected)
-        event = await witness.next("discovery")
-        command, _, expected = resource.partition("\n")
-        real = command.removeprefix("$ ").replace(":3000", f":{server.port}").replace("m8x2k-42", event.id)
-        answer = await trio.run_process(["/bin/sh", "-c", real], capture_stdout=True, capture_stderr=True)
-        assert answer.stdout.decode().strip() == expected.strip()
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
 
 
 def test_the_settings_table_is_the_settings() -> None:
@@ -97,22 +56,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_in_the_pages_is_python_and_imports_what_exists(page: Path) -> None:
-    for block in blocks(page, "python"):
-        tree = compile(block, str(page), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        imports: list[ast.stmt] = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-        exec(compile(ast.Module(imports, []), str(page), "exec"), {})
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_the_pages_exist(page: Path) -> None:
-    bin_folder = Path(sys.executable).parent
-    for block in blocks(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = [word for word in line.partition("#")[0].split() if "=" not in word]
-            if words and words[0] == "make":
-                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
-            elif words and words[0] in {"sse-trio", "hypercorn"}:
-                assert (bin_folder / words[0]).exists(), line
-            elif words:
-                assert shutil.which(words[0]) or (bin_folder / words[0]).exists(), line
+def test_commands_inside_sentences_exist_with_their_options(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for span in re.findall(r"`([^`\n]+)`", prose):
+        words = [word for word in span.split() if not re.match(r"[A-Z_]+=", word)]
+        if words[:1] == ["make"] and words[1:]:
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), span
+        elif words[:1] == ["sse-trio"] and words[1:]:
+            options = {option for parameter in main.commands[words[1]].params for option in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= options, span
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), span
+        elif words[:1] == ["pytest"]:
+            assert (ROOT / words[-1]).exists(), span
