@@ -24,6 +24,7 @@ DEBIAN_TOOLS = {
     "caddy": "caddy",
     "ip": "iproute2",
     "curl": "curl",
+    "promtool": "prometheus",
     "systemd-analyze": "systemd",
 }
 SBIN = (os.defpath, "/usr/sbin", "/sbin", "/usr/local/sbin")
