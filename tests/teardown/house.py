@@ -33,6 +33,8 @@ import serving
 import trio
 from support import BIN, WITHIN, NatsServer, RawStream, Server, eventually, fail_within, free_port, listen, payload
 
+from sse_trio.deadline import STEP
+
 WRITE_TIMEOUT = 3.0
 KEEPALIVE = 2.0
 
@@ -358,6 +360,10 @@ class OtherEnd:
         """Bytes that the kernel holds for this peer; None when nothing of the connection is left."""
         row = self._row()
         return None if row is None else row.unsent
+
+    async def freed(self) -> None:
+        """Wait until nothing of the connection is left. (Its streams may have gone a step before it.)"""
+        await eventually(lambda: self.unsent is None, "the kernel has freed the connection", late(STEP))
 
     async def descriptor(self, server: House) -> Callable[[], bool]:
         """Wait until it is accepted; the answer tells whether the server's process still has it open."""

@@ -70,13 +70,12 @@ async def test_an_idle_connection_is_closed_after_a_while(server: House) -> None
 
 async def test_a_connection_that_its_client_has_closed_is_closed_at_once(server: House) -> None:
     """Hypercorn waits for the end of the keep-alive time first, with the socket open."""
-    stream = await server.peers.connect()
-    await stream.send_all(get("/health"))
-    await serving.read_until(stream, b"\r\n\r\n{")
-    is_open = await OtherEnd(stream).descriptor(server)
-    assert is_open()
+    async with await server.peers.connect() as stream:
+        await stream.send_all(get("/health"))
+        await serving.read_until(stream, b"\r\n\r\n{")
+        is_open = await OtherEnd(stream).descriptor(server)
+        assert is_open()
     began = trio.current_time()
-    await trio.aclose_forcefully(stream)
     await eventually(lambda: not is_open(), "its descriptor is closed", SOON)
     note("kept, and closed by its client", trio.current_time() - began, 0, server.kind)
 

@@ -125,14 +125,14 @@ async def test_a_peer_that_stops_in_the_middle_of_its_request_is_closed_as_if_it
 
 
 async def test_a_peer_that_resets_in_the_middle_of_its_request_is_gone_at_once(server: House) -> None:
-    stream = await server.peers.connect()
-    await stream.send_all(HALF_A_REQUEST)
-    is_open = await OtherEnd(stream).descriptor(server)
-    assert is_open()
-    began = trio.current_time()
-    reset(stream)
-    await eventually(lambda: not is_open(), "its descriptor is closed", SOON)
-    note("reset in mid-head", trio.current_time() - began, 0, server.kind)
+    async with await server.peers.connect() as stream:
+        await stream.send_all(HALF_A_REQUEST)
+        is_open = await OtherEnd(stream).descriptor(server)
+        assert is_open()
+        began = trio.current_time()
+        reset(stream)
+        await eventually(lambda: not is_open(), "its descriptor is closed", SOON)
+        note("reset in mid-head", trio.current_time() - began, 0, server.kind)
 
 
 async def test_a_peer_that_sends_something_after_its_request_is_closed_at_the_next_keep_alive(server: House) -> None:

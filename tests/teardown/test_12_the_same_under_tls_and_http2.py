@@ -62,16 +62,15 @@ async def test_a_reader_that_closes_with_a_close_notify_is_gone_at_once(server: 
 
 
 async def test_a_peer_that_leaves_in_the_middle_of_its_handshake_is_gone_at_once(server: House) -> None:
-    stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
     with pytest.raises(ssl.SSLWantReadError):
         hello.do_handshake()
-    await stream.send_all(outgoing.read()[:100])
-    is_open = await OtherEnd(stream).descriptor(server)
-    assert is_open()
+    async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
+        await stream.send_all(outgoing.read()[:100])
+        is_open = await OtherEnd(stream).descriptor(server)
+        assert is_open()
     began = trio.current_time()
-    await stream.aclose()
     await eventually(lambda: not is_open(), "its descriptor is closed", SOON)
     note("TLS: close in mid-handshake", trio.current_time() - began, 0, server.kind)
 
@@ -126,22 +125,21 @@ async def test_a_stream_that_its_peer_resets_is_gone_at_once_and_its_neighbour_s
 
 
 async def test_a_connection_that_is_not_read_at_all_is_cut_off_with_all_its_streams(server: House) -> None:
-    stream = await server.peers.connect(rcvbuf=4096, alpn="h2")
-    other_end = OtherEnd(stream)
-    client = H2Client(stream, 65535)
-    client.connection.initiate_connection()
-    for agent in ("one", "two"):
-        await client.request(path_for(agent))
+    async with await server.peers.connect(rcvbuf=4096, alpn="h2") as stream:
+        other_end = OtherEnd(stream)
+        client = H2Client(stream, 65535)
+        client.connection.initiate_connection()
+        for agent in ("one", "two"):
+            await client.request(path_for(agent))
 
-    async def both() -> bool:
-        return sorted(await server.clients()) == ["one", "two"]
+        async def both() -> bool:
+            return sorted(await server.clients()) == ["one", "two"]
 
-    await eventually(both, "both are registered")
-    seconds = await flooded(server, "one")
-    await server.gone("two")
-    note("HTTP/2: a connection that is not read", seconds, WRITE_TIMEOUT, server.kind)
-    assert other_end.unsent is None
-    await trio.aclose_forcefully(stream)
+        await eventually(both, "both are registered")
+        seconds = await flooded(server, "one")
+        await server.gone("two")
+        note("HTTP/2: a connection that is not read", seconds, WRITE_TIMEOUT, server.kind)
+        await other_end.freed()
 
 
 async def test_a_connection_that_resets_takes_all_its_streams_along_at_once(server: House) -> None:
@@ -182,7 +180,7 @@ async def test_a_connection_that_vanishes_in_silence_is_gone_after_keep_alive_an
         bound = KEEPALIVE + WRITE_TIMEOUT
         note("HTTP/2: vanished, no traffic", await server.gone("one", bound), bound, server.kind)
         await server.gone("two")
-        assert other_end.unsent is None
+        await other_end.freed()
 
 
 async def test_a_connection_that_vanishes_under_traffic_is_gone_after_the_write_timeout(
@@ -196,6 +194,6 @@ async def test_a_connection_that_vanishes_under_traffic_is_gone_after_the_write_
         namespace.swallow()
         note("HTTP/2: vanished, under a flood", await flooded(server, "one"), WRITE_TIMEOUT, server.kind)
         await server.gone("two")
-        assert other_end.unsent is None
+        await other_end.freed()
         heard = other.answers[staying]
         await other.until(lambda: heard.body.count(b"event: discovery") == FLOOD, "who stays hears everything")
