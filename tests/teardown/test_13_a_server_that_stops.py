@@ -238,13 +238,17 @@ async def test_after_max_requests_everybody_is_told_and_the_next_worker_serves(
         async with crowd(port, 10, 2) as told:
             await flood(core_nats, told)
 
-            async def has_begun_to_end() -> bool:
-                with suppress(OSError):  # between two workers
-                    await server.get("/livez")
-                return told.healthy[0].ended
+            async def keep_asking() -> None:
+                while True:
+                    with suppress(OSError):  # between two workers
+                        await server.get("/livez")
 
-            await eventually(has_begun_to_end, "the worker has served its requests")
-            seconds = await has_gone(worker, trio.current_time())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_asking)
+                await eventually(lambda: told.healthy[0].ended, "the worker has served its requests")
+                began = trio.current_time()
+                nursery.cancel_scope.cancel()
+            seconds = await has_gone(worker, began)
         note("max_requests, 10 streams and 2 stalled, from the first goodbye", seconds, BOUND, "hypercorn")
         was_told(told)
         await next_one_serves(server, worker)
