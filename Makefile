@@ -3,7 +3,7 @@
 #   make test     type check, lint, format check, and the tests with their coverage
 #   make check    the first three of these;  make format  puts the format right
 #   make bench    beside others, on this machine;  make chaos  breaks everything for ten minutes
-#   make soak     2,000 clients come and go for half an hour
+#   make soak     2,000 clients come and go for half an hour;  make fuzz  made-up requests and bytes for another
 #   make recovery  the figures of coming back: after kill -9, from far back, all at once
 # Tests mostly wait (for deadlines, processes, a browser). JOBS=2 runs two files at once, which is faster; the times that
 # some of them measure then mean less, so it is one by default.
@@ -12,7 +12,7 @@ JOBS ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION_TESTS := $(patsubst %,tests/test_%.py,wire outages stream broadcaster seam history sse discovery settings connection \
-  connection_http2 deadline pinned_insides nats_connection nats_feed jetstream backlog publisher listener resources server)
+  connection_http2 deadline pinned_insides nats_connection nats_feed jetstream backlog publisher listener resources server fuzzing_bytes)
 CODE := sse_trio tests examples benchmarks
 # Ruff has the rest of flake8-async; these are the rules about cancellation that it lacks.
 CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYNC118,ASYNC119,ASYNC120,ASYNC121,ASYNC300
@@ -21,7 +21,7 @@ CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYN
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell $(p) -c '$(FITS)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: demo test versions check format bench recovery chaos soak clean tools
+.PHONY: demo test versions check format bench recovery chaos soak fuzz clean tools
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -61,6 +61,12 @@ chaos: $(VENV)/dev.stamp tools
 
 soak: $(VENV)/dev.stamp
 	$(BIN)/python tests/soak.py $(SOAK)
+
+# So many seconds for requests without tokens, for requests with tokens, and for bytes.
+FUZZ ?= 600
+FUZZ_SEED ?= $(shell date +%s)
+fuzz: $(VENV)/dev.stamp
+	FUZZ_SECONDS=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -s tests/test_fuzzing.py tests/test_fuzzing_bytes.py $(PYTEST)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
