@@ -13,6 +13,7 @@ The end of a page is what a later read goes on from, so it has to be right: see 
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,19 @@ RETRY = 0.2
 READS_AT_ONCE = 4
 """Different pages that are read at the same time."""
 
-DECODED_AT_ONCE = 40
-"""Messages that are decoded before other tasks may run: half a millisecond of work."""
+WORK = 0.0005
+"""Seconds of decoding before other tasks may run, at least."""
+
+LONGEST_WORK = 0.005
+"""Seconds of decoding before other tasks may run, where they take long."""
+
+SHARE = 0.25
+"""How long a page is decoded, of the time that the others took before. A loop that has no time left takes long for each
+turn; with ever the same little work in each of them, reading fell behind what was published, and readers never caught
+up."""
 
 PAUSE = 0.0005
-"""Seconds (the kernel makes it one millisecond) that follow. A live event needs several turns of the loop, and a process
+"""Seconds (the kernel makes it one millisecond) between. A live event needs several turns of the loop, and a process
 that never rests is kept waiting by others on a busy machine: with mere checkpoints live clients waited ten times longer
 while somebody read from far back."""
 
@@ -338,12 +347,15 @@ class Backlog:
             self._bounds_until = -1.0
         frames = []
         size = FRAME_OVERHEAD  # a page without frames takes room, too
-        for count, message in enumerate(stored, 1):
+        rest_at = time.perf_counter() + WORK
+        for message in stored:
             if (frame := _frame(opened.epoch, message)) is not None:
                 frames.append(frame)
                 size += frame.size
-            if count % DECODED_AT_ONCE == 0:
+            if (now := time.perf_counter()) >= rest_at:
                 await trio.sleep(PAUSE)
+                resumed = time.perf_counter()
+                rest_at = resumed + min(max(WORK, SHARE * (resumed - now)), LONGEST_WORK)
         page = Page(frames, last)
         if opened is self._opened and last > start:
             self._keep(start, _Kept(page, size, at_end))

@@ -144,6 +144,30 @@ async def test_frames_of_a_page_are_made_once(autojump_clock: trio.testing.MockC
         assert one.frames[7].id == "e-8"
 
 
+@pytest.mark.parametrize(
+    ("turn", "pauses"),
+    [(0.001, range(10, 16)), (0.01, range(2, 5)), (1.0, range(1, 3))],
+    ids=["idle", "busy", "overrun"],
+)
+async def test_the_slower_the_loop_turns_the_more_of_a_page_is_decoded_in_a_turn(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, turn: float, pauses: range
+) -> None:
+    class Time:
+        """A message takes 12 µs to decode, and other tasks `turn` seconds whenever they are let run."""
+
+        looked = 0
+
+        def perf_counter(self) -> float:
+            self.looked += 1
+            return self.looked * 12e-6 + trio.current_time() / backlog_module.PAUSE * turn
+
+    async with reading(FakeStream(range(1, 501))) as (backlog, _):
+        began = trio.current_time()
+        monkeypatch.setattr(backlog_module, "time", Time())
+        await backlog.read(0)
+        assert round((trio.current_time() - began) / backlog_module.PAUSE) in pauses
+
+
 async def test_a_client_that_leaves_during_a_read_takes_nothing_from_the_others(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
