@@ -66,7 +66,8 @@ soak: $(VENV)/dev.stamp
 FUZZ ?= 600
 FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(VENV)/dev.stamp
-	FUZZ_SECONDS=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -s tests/test_fuzzing.py tests/test_fuzzing_bytes.py $(PYTEST)
+	FUZZ_SECONDS=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 \
+	  tests/test_fuzzing.py tests/test_fuzzing_bytes.py $(PYTEST)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -1,6 +1,6 @@
 """Requests that a machine makes up from our own description of ourselves: schemathesis, with every check on.
 
-A short run stands in the suite. `FUZZ_SECONDS=600 pytest -s tests/test_fuzzing.py` is the long one.
+A short run stands in the suite, `make fuzz` is the long one.
 """
 
 from __future__ import annotations
