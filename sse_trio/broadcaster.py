@@ -118,9 +118,10 @@ class Broadcaster:
         if self.live:
             for client in self.clients.values():
                 client.leave()
-                client.due = "restart"
-                client.position = client.told = head
-                client.accounted = client.audience.passed
+                if client.cursor is None:  # else `resolve` finds out: it may be of this very incarnation
+                    client.due = "restart"
+                    client.position = client.told = head
+                    client.accounted = client.audience.passed
                 client.wake()
 
     def go_live(self) -> None:

@@ -403,6 +403,11 @@ class Client:
             self.parked = False
             self.send_channel.send_nowait(None)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether something has come up that its task has to see to before it reads on."""
+        return self.gone or self.ending is not None or self.due is not None
+
     def end(self, reason: sse.GoodbyeReason) -> None:
         """Have the stream say goodbye after what it still holds, and end. The first reason stands."""
         if self.ending is None:

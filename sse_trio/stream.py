@@ -216,8 +216,8 @@ class EventStream(ConnectionResponse):
             elif client.ending is not None:
                 return await self._goodbye(client, connection)
             elif client.due is not None:
-                await self._tell_gap(client, connection, client.due, None)
-                client.due = None
+                due, client.due = client.due, None  # while this is written, another may come
+                await self._tell_gap(client, connection, due, None)
             elif not client.live and broadcaster.live and not await self._catch_up(client, connection):
                 continue
             elif not await self._park(client, connection, ends_at, ends_as):
@@ -346,6 +346,8 @@ class EventStream(ConnectionResponse):
             # Retention has taken what comes next; a page that was read before that may still have some of it.
             client.position = min(bounds[0], upto) - 1
             await self._tell_gap(client, connection, "expired", None)
+            if client.interrupted:
+                return  # its place may be one of another incarnation by now
         client.position = max(client.position, page.last)
         frames = client.pass_by(following)
         step = READ_FULL_FRAMES if self.filter.full else READ_FRAMES

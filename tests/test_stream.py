@@ -378,6 +378,24 @@ async def test_a_new_incarnation_is_a_gap_and_then_its_events(
         assert told == [("discovery", "e-1"), ("gap", "f-0"), ("discovery", "f-1"), ("discovery", "f-2")]
 
 
+async def test_an_incarnation_that_comes_while_the_gap_of_another_is_written_is_told_too(
+    connection: MemoryConnection, autojump_clock: MockClock
+) -> None:
+    broadcaster = live_broadcaster()
+    async with streaming(broadcaster, connection):
+        connection.window = 0
+        broadcaster.open_epoch("f", 5)
+        await wait_all_tasks_blocked()
+        broadcaster.open_epoch("g", 7)
+        connection.window = float("inf")
+        connection.read()
+        await wait_all_tasks_blocked()
+        publish(broadcaster, 8)
+        await wait_all_tasks_blocked()
+        told = [(e.event, e.id) for e in connection.events[1:]]
+        assert told == [("gap", "f-5"), ("gap", "g-7"), ("discovery", "g-8")]
+
+
 # -- the stream behind memory ------------------------------------------------------------------------------------------
 
 
@@ -498,3 +516,48 @@ async def test_a_cursor_is_placed_when_the_stream_can_be_asked_again(
         backlog.answers = True
         await trio.sleep(2)
         assert ids(connection) == [f"e-{n}" for n in range(91, 101)]
+
+
+async def test_an_incarnation_that_comes_while_an_expired_gap_is_written_is_read_from_its_beginning(
+    connection: MemoryConnection, autojump_clock: MockClock
+) -> None:
+    broadcaster = durable_broadcaster(buffer=5, history=5)
+    publish(broadcaster, *range(1, 101))
+    backlog = ScriptedBacklog(last=100, slow=1.0)
+    async with streaming(broadcaster, connection, cursor="e-60", backlog=backlog):
+        connection.window, backlog.first = 0, 81
+        await trio.sleep(2)
+        broadcaster.open_epoch("f", 3, durable=True)
+        connection.window = float("inf")
+        connection.read()
+        await wait_all_tasks_blocked()
+        publish(broadcaster, 4, 5)
+        await wait_all_tasks_blocked()
+        told = [(e.event, e.id) for e in connection.events[1:]]
+        assert told == [("gap", "e-80"), ("gap", "f-3"), ("discovery", "f-4"), ("discovery", "f-5")]
+
+
+@pytest.mark.parametrize(
+    ("cursor", "told"),
+    [
+        ("e-90", [("gap", "f-3"), ("discovery", "f-4")]),
+        ("f-2", [("discovery", "f-3"), ("discovery", "f-4")]),
+    ],
+    ids=["of the one before", "of this one"],
+)
+async def test_what_a_cursor_is_worth_in_a_new_incarnation_is_told_once(
+    connection: MemoryConnection, autojump_clock: MockClock, cursor: str, told: list[tuple[str, str]]
+) -> None:
+    broadcaster = Broadcaster(Settings(buffer=5, history=5))
+    broadcaster.open_epoch("e", 0, durable=True)
+    async with streaming(broadcaster, connection, cursor=cursor, backlog=ScriptedBacklog(answers=False)):
+        broadcaster.go_live()
+        publish(broadcaster, *range(1, 101))
+        if cursor.startswith("e"):
+            await wait_all_tasks_blocked()  # it waits for the stream's answer
+        broadcaster.open_epoch("f", 1, durable=True)
+        publish(broadcaster, 2, 3)
+        await trio.sleep(2)
+        publish(broadcaster, 4)
+        await wait_all_tasks_blocked()
+        assert [(e.event, e.id) for e in connection.events[1:]] == told
