@@ -203,6 +203,7 @@ class Client:
         "accounted",
         "address",
         "agent_id",
+        "asking",
         "audience",
         "bytes",
         "connected_at",
@@ -266,6 +267,8 @@ class Client:
         """How much of what has passed its audience is in its books."""
 
         self.parked = False
+        self.asking: trio.CancelScope | None = None
+        """Around what its task waits for while it is not parked: cancelling it loses nothing but the answer."""
         self.writer: Writer | None = None
         """How the publisher writes to the parked client's socket; None: only through the channel."""
         self.wrote_at = 0.0
@@ -398,10 +401,12 @@ class Client:
             self.live = False
 
     def wake(self) -> None:
-        """Let the task look at its state again. A task that is not parked does so by itself."""
+        """Let the task look at its state again. One that neither is parked nor asks for something does so by itself."""
         if self.parked:
             self.parked = False
             self.send_channel.send_nowait(None)
+        elif self.asking is not None:
+            self.asking.cancel()
 
     @property
     def interrupted(self) -> bool:
@@ -485,6 +490,7 @@ class Client:
         """Drop what is queued; nothing can be offered any more."""
         self.leave()
         self.parked = False
+        self.asking = None
         self._pending = None
         self.writer = None
         self.send_channel.close()

@@ -3,8 +3,8 @@
 Strategy: the response's task is a loop over one question, "what comes next for this client?", asked anew after each
 write. The answers stand in one order, in `_serve`: the rest of a cut chunk, what is queued, the goodbye, a gap that is
 due, the place of its cursor, what it has not caught up on; and only when there is nothing of all this does the task
-park, and the publisher may write to the socket. Every deadline is a timer around the parking: keep-alive, lifetime,
-and the end of a token.
+park, and the publisher may write to the socket. Its lifetime and the end of its token are looked at each time round,
+and are timers, as the keep-alive is, around whatever else may take long: the parking, and the stream's answers.
 
 The subscription is a synchronous `with` block around all of it, and the write deadline is the connection's: so
 whatever ends the task, the registry is as if this client had never been there.
@@ -34,6 +34,8 @@ from sse_trio.settings import Settings
 __all__ = ["Backlog", "EventStream", "Page", "jittered"]
 
 Answer = TypeVar("Answer")
+Bounds = tuple[int, int]
+"""The stream's first and last sequence."""
 
 log = structlog.get_logger("sse_trio.stream")
 
@@ -61,7 +63,7 @@ class Page(Protocol):
 class Backlog(Protocol):
     """Where a client reads what memory has forgotten: the feed, when it is durable."""
 
-    async def bounds(self) -> tuple[int, int] | None:
+    async def bounds(self) -> Bounds | None:
         """The stream's first and last sequence; None while that cannot be known."""
         ...
 
@@ -184,11 +186,11 @@ class EventStream(ConnectionResponse):
     async def _serve(self, client: Client, connection: Connection) -> str:
         """The stream's life; why it ended."""
         broadcaster = self.broadcaster
-        ends_at, ends_as = self._end_of_life()
+        self._ends_at, self._ends_as = self._end_of_life()
         cursor = self.cursor
         if client.cursor is not None and broadcaster.live:
             # `connected` says what the cursor is worth; a feed that is away is not waited for.
-            broadcaster.resolve(client, await self._bounds_for(client.cursor))
+            broadcaster.resolve(client, await self._bounds_for(client.cursor, self._bounds))
         if cursor is None:
             hello = partial(sse.connected, id=broadcaster.head_id)
         else:
@@ -207,6 +209,8 @@ class EventStream(ConnectionResponse):
             client.writer = connection
 
         while not client.gone:
+            if trio.current_time() >= self._ends_at:
+                client.end(self._ends_as)
             if connection.has_rest:
                 await connection.write_rest()
                 client.wrote_at = trio.current_time()
@@ -220,7 +224,7 @@ class EventStream(ConnectionResponse):
                 await self._tell_gap(client, connection, due, None)
             elif not client.live and broadcaster.live and not await self._catch_up(client, connection):
                 continue
-            elif not await self._park(client, connection, ends_at, ends_as):
+            elif not await self._park(client, connection):
                 return "spoke early"
         return "broken"
 
@@ -237,7 +241,8 @@ class EventStream(ConnectionResponse):
     async def _write(
         self, client: Client, connection: Connection, payload: bytes, events: int, last: Frame | None
     ) -> None:
-        await connection.write(payload)
+        with trio.move_on_at(self._ends_at):
+            await connection.write(payload)  # what is left of it then is the rest, which goes before anything else
         client.wrote_at = trio.current_time()
         client.written(events, len(payload))
         if last is not None:
@@ -306,37 +311,36 @@ class EventStream(ConnectionResponse):
     async def _find_place(self, client: Client, connection: Connection) -> bool:
         """The cursor's worth was not known when the client came: ask again."""
         assert client.cursor is not None
-        bounds = await self._while_quiet(client, connection, partial(self._bounds_for, client.cursor))
-        if client.cursor is not None:
-            self.broadcaster.resolve(client, bounds)
-        if client.cursor is not None:
+        ask = partial(self._while_quiet, client, connection, self._bounds)
+        self.broadcaster.resolve(client, await self._bounds_for(client.cursor, ask))
+        if client.cursor is not None and not client.interrupted:
             with trio.move_on_after(UNKNOWN_PLACE_POLL):
                 await client.wait()
         return False
 
-    async def _bounds_for(self, cursor: str) -> tuple[int, int] | None:
-        """The stream's bounds, asked twice where the cursor lies beyond them.
+    async def _bounds_for(self, cursor: str, ask: Callable[[], Awaitable[Bounds | None]]) -> Bounds | None:
+        """The stream's bounds, asked for twice where the cursor lies beyond them.
 
         One answer may be old: of a server that was frozen, of a leader that does not know yet that it is none any more.
         To believe it would send a client back that another instance had served further.
         """
-        bounds = await self._bounds()
+        bounds = await ask()
         parsed = parse_event_id(cursor)
         if bounds is not None and parsed is not None and parsed[0] == self.broadcaster.epoch and parsed[1] > bounds[1]:
             await trio.sleep(SECOND_LOOK)
-            bounds = await self._bounds()
+            bounds = await ask()
         return bounds
 
-    async def _bounds(self) -> tuple[int, int] | None:
+    async def _bounds(self) -> Bounds | None:
         return await self.backlog.bounds() if self.backlog is not None else None
 
     async def _read_backlog(self, client: Client, connection: Connection) -> None:
         """One page of the stream for a client that memory no longer serves."""
         assert self.backlog is not None, "a durable broadcaster has a backlog"
-        epoch, position = self.broadcaster.epoch, client.position
+        position = client.position
         page = await self._while_quiet(client, connection, partial(self.backlog.read, position))
         bounds = await self._while_quiet(client, connection, self._bounds)
-        if self.broadcaster.epoch != epoch or client.position != position or client.ending is not None:
+        if page is None or client.interrupted:
             return  # the world changed while we waited; the loop asks anew
         following = [frame for frame in page.frames if frame.sequence > position]
         upto = following[0].sequence if following else page.last + 1
@@ -346,8 +350,8 @@ class EventStream(ConnectionResponse):
             # Retention has taken what comes next; a page that was read before that may still have some of it.
             client.position = min(bounds[0], upto) - 1
             await self._tell_gap(client, connection, "expired", None)
-            if client.interrupted:
-                return  # its place may be one of another incarnation by now
+            if client.due is not None:
+                return  # its place is one of another incarnation by now
         client.position = max(client.position, page.last)
         frames = client.pass_by(following)
         step = READ_FULL_FRAMES if self.filter.full else READ_FRAMES
@@ -356,26 +360,29 @@ class EventStream(ConnectionResponse):
 
     async def _while_quiet(
         self, client: Client, connection: Connection, ask: Callable[[], Awaitable[Answer]]
-    ) -> Answer:
-        """The answer to `ask`, which may be long in coming: keep-alives go on. Asked again after each of them."""
-        while True:
-            with trio.move_on_at(client.wrote_at + self.settings.keepalive_interval):
+    ) -> Answer | None:
+        """The answer to `ask`, which may be long in coming: keep-alives go on, and it is asked again after each of them.
+
+        None when something comes up that the stream has to see to first.
+        """
+        while not client.interrupted and trio.current_time() < self._ends_at:
+            alive_at = client.wrote_at + self.settings.keepalive_interval
+            with trio.move_on_at(min(alive_at, self._ends_at)) as client.asking:
                 return await ask()
-            await self._keep_alive(client, connection)
+            if trio.current_time() >= alive_at:
+                await self._keep_alive(client, connection)
+        return None
 
     # -- parked ------------------------------------------------------------------------------------------------------
 
-    async def _park(self, client: Client, connection: Connection, ends_at: float, ends_as: sse.GoodbyeReason) -> bool:
+    async def _park(self, client: Client, connection: Connection) -> bool:
         """Wait for something to do, at most until something is due; False for a client to be closed."""
         alive_at = client.wrote_at + self.settings.keepalive_interval
-        with trio.move_on_at(min(alive_at, ends_at)) as scope:
+        with trio.move_on_at(min(alive_at, self._ends_at)) as scope:
             await client.wait()
         if not scope.cancelled_caught or client.queued:
             return True  # also what was queued between the timer's end and now goes before any cursor
-        now = trio.current_time()
-        if now >= ends_at:
-            client.end(ends_as)
-        elif now >= client.wrote_at + self.settings.keepalive_interval:
+        if client.wrote_at + self.settings.keepalive_interval <= trio.current_time() < self._ends_at:
             # Hypercorn stops reading a connection that sent bytes after its request, so its end would go unseen.
             if connection.spoke_early:
                 return False

@@ -276,6 +276,24 @@ async def test_a_lifetime_ends_a_busy_stream_too(connection: MemoryConnection, a
         assert connection.ended
 
 
+async def test_a_stream_whose_reader_never_catches_up_ends_when_its_token_does(
+    connection: MemoryConnection, autojump_clock: MockClock
+) -> None:
+    broadcaster = live_broadcaster(history=0, buffer=50)
+    async with streaming(broadcaster, connection, expires_in=50.0):
+        connection.window = 3000
+        for number in range(1, 1001):  # 2 KB a second, of which it reads a half
+            publish(broadcaster, number)
+            connection.read(100)
+            await trio.sleep(0.1)
+        connection.window = float("inf")
+        connection.read()
+        await wait_all_tasks_blocked()
+        assert connection.events[-1].data == '{"reason":"expired"}'
+        assert int(ids(connection)[-1].removeprefix("e-")) <= 500
+        assert connection.ended
+
+
 @pytest.mark.parametrize("wants_events", [True, False])
 async def test_at_capacity_a_native_eventsource_is_told_when_to_come_back(
     connection: MemoryConnection, wants_events: bool, autojump_clock: MockClock
@@ -476,6 +494,51 @@ async def test_keep_alives_go_on_while_the_stream_is_asked(
         backlog.slow = 1.0
         await trio.sleep(60)
         assert ids(connection) == [f"e-{n}" for n in range(61, 101)]
+
+
+@pytest.mark.parametrize("how", ["shutdown", "kicked", "expired"])
+async def test_who_waits_for_the_stream_while_nats_is_away_is_told_of_the_end(
+    connection: MemoryConnection, autojump_clock: MockClock, how: str
+) -> None:
+    broadcaster = durable_broadcaster(buffer=5, history=5)
+    publish(broadcaster, *range(1, 101))
+    backlog = ScriptedBacklog(last=100, slow=1e6)
+    async with streaming(broadcaster, connection, cursor="e-60", backlog=backlog, expires_in=50.0):
+        if how == "shutdown":
+            broadcaster.drain("shutdown")
+        elif how == "kicked":
+            (client,) = broadcaster.clients.values()
+            client.end("kicked")
+        else:
+            await trio.sleep(50)
+        await wait_all_tasks_blocked()
+        assert connection.events[-1].data == f'{{"reason":"{how}"}}'
+        assert connection.ended
+
+
+async def test_who_waits_for_the_stream_hears_of_its_new_incarnation_at_once(
+    connection: MemoryConnection, autojump_clock: MockClock
+) -> None:
+    broadcaster = durable_broadcaster(buffer=5, history=5)
+    publish(broadcaster, *range(1, 101))
+    async with streaming(broadcaster, connection, cursor="e-60", backlog=ScriptedBacklog(last=100, slow=1e6)):
+        broadcaster.open_epoch("f", 3, durable=True)
+        publish(broadcaster, 4)
+        await wait_all_tasks_blocked()
+        assert [(e.event, e.id) for e in connection.events[1:]] == [("gap", "f-3"), ("discovery", "f-4")]
+
+
+@pytest.mark.parametrize("interval", [30.0, 0.5])
+async def test_a_cursor_is_settled_however_often_the_client_is_kept_alive(
+    connection: MemoryConnection, autojump_clock: MockClock, interval: float
+) -> None:
+    broadcaster = durable_broadcaster(buffer=5, history=5, keepalive_interval=interval)
+    publish(broadcaster, *range(1, 101))
+    backlog = ScriptedBacklog(last=100, answers=False)
+    async with streaming(broadcaster, connection, cursor="e-103", backlog=backlog):
+        backlog.answers = True
+        await trio.sleep(3)
+        assert [(e.event, e.id) for e in connection.events[1:]] == [("gap", "e-100")]
 
 
 async def test_a_cursor_beyond_an_old_answer_is_no_restart(

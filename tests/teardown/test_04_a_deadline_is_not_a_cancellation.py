@@ -18,7 +18,6 @@ import trio
 from teardown.lab import Lab, discoveries
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sse_trio import sse
 from sse_trio.client import Client
 from sse_trio.connection import Connection
 from sse_trio.stream import EventStream
@@ -57,7 +56,7 @@ async def test_a_frame_that_comes_just_in_time_is_delivered_however_late_it_is_b
 class CancelCalled(EventStream):
     """The same loop, with the wrong question."""
 
-    async def _park(self, client: Client, connection: Connection, ends_at: float, ends_as: sse.GoodbyeReason) -> bool:
+    async def _park(self, client: Client, connection: Connection) -> bool:
         with trio.move_on_at(client.wrote_at + self.settings.keepalive_interval) as scope:
             frame = await client.receive_channel.receive()
         if scope.cancel_called:
