@@ -109,7 +109,6 @@ class EventStream(ConnectionResponse):
                 "X-Accel-Buffering": "no",
             },
         )
-        self.headers.pop("Content-Length", None)
         self.broadcaster = broadcaster
         self.settings = settings
         self.agent_id = agent_id
@@ -265,8 +264,6 @@ class EventStream(ConnectionResponse):
         assert reason is not None
         if reason == "shutdown":
             retry = 1000 + random.randint(0, round(self.settings.drain_window * 1000))
-        elif reason == "capacity":
-            retry = random.randint(30_000, 60_000)
         else:
             retry = jittered(self.settings.retry)
         await connection.write(sse.goodbye(reason, retry))
