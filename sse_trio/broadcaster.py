@@ -151,11 +151,9 @@ class Broadcaster:
             frames = [Frame.of(epoch, *event, received_at) for event in events[start : start + limit]]
             self.published += len(frames)
             self._begin_round(frames, received_at)
-        if head is not None and head > self.head:
-            self._finish_round()
+        if head is not None:
             self.history.advance(head)
-            self._settled = self.head
-            self._wake_those_ahead()
+        self.deliver()
 
     def gap(self, reason: sse.GapReason, sequence: int) -> None:
         """Put a notice at `sequence`, above the head: everybody who passes it is told that events are missing there."""
@@ -171,12 +169,6 @@ class Broadcaster:
             self.history.append(frame)
         self._received_at = received_at
         self._round = self._pairs(self._batches(frames)) if self.live else iter(())
-        if self._waiting_for_head:
-            self._wake_those_ahead()
-        if not self.live:
-            self._settled = self.head
-        else:
-            self.deliver()
 
     def _batches(self, frames: list[Frame]) -> list[tuple[Batch, tuple[Client, ...]]]:
         """What each audience shall hear, and who is in it now; a client that comes later is at the head already."""
@@ -196,6 +188,8 @@ class Broadcaster:
 
     def deliver(self) -> bool:
         """Serve the next slice of the round; whether some clients still wait for theirs."""
+        if self._waiting_for_head:
+            self._wake_those_ahead()
         now = trio.current_time()
         served = written = 0
         for client, batch in islice(self._round, SLICE):

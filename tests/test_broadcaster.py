@@ -457,6 +457,22 @@ async def test_messages_that_are_no_events_move_the_head() -> None:
         assert ids(client) == ["e-3"]
 
 
+async def test_messages_that_are_no_events_do_not_hurry_a_round() -> None:
+    broadcaster = live_broadcaster()
+    others = [broadcaster.subscribe(f"c{n}") for n in range(SLICE + 1)]
+    clients = [other.__enter__() for other in others]
+    broadcaster.publish(events(1), head=2)
+    assert clients[-1].queued == 0
+    assert (broadcaster.head, broadcaster.settled) == (2, 0)
+    with broadcaster.subscribe("late") as late:
+        assert not broadcaster.deliver()
+        assert (clients[-1].queued, late.queued) == (1, 0)
+        assert broadcaster.settled == 2
+        check_books(broadcaster)
+    for other in others:
+        other.__exit__(None, None, None)
+
+
 async def test_draining_ends_everybody_and_who_comes_after() -> None:
     broadcaster = live_broadcaster()
     with broadcaster.subscribe("a") as client:
