@@ -187,25 +187,20 @@ def create_blueprint(services: Services) -> Blueprint:
     async def clients() -> Response:
         await require_admin()
         epoch = broadcaster.epoch
-        listed = []
-        for client in broadcaster.clients.values():
-            books = client.books()
-            listed.append(
-                {
-                    "client_id": client.id,
-                    "agent_id": client.agent_id,
-                    "connected_at": client.connected_at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                    "address": client.address,
-                    "filter": client.filter.describe(),
-                    "queued": client.queued,
-                    "offered": books.offered,
-                    "sent": books.out,
-                    "dropped": books.dropped,
-                    "filtered": books.filtered,
-                    "waiting": books.waiting,
-                    "last_event_id": event_id(epoch, client.told) if epoch and client.told >= 0 else None,
-                }
-            )
+        listed = [
+            {
+                "client_id": client.id,
+                "agent_id": client.agent_id,
+                "connected_at": client.connected_at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "address": client.address,
+                "filter": client.filter.describe(),
+                "queued": client.queued,
+                "sent": client.sent,
+                "dropped": client.dropped,
+                "last_event_id": event_id(epoch, client.told) if epoch and client.told >= 0 else None,
+            }
+            for client in broadcaster.clients.values()
+        ]
         return json_answer({"instance": services.instance, "clients": listed})
 
     @routes.delete("/clients/<client_id>")

@@ -171,14 +171,18 @@ class EventStream(ConnectionResponse):
                 raise
             finally:
                 self.broadcaster.disconnects[reason] += 1
+                books = client.books()
                 log.info(
                     "client disconnected",
                     client_id=client.id,
                     agent_id=self.agent_id,
                     reason=reason,
                     seconds=round(trio.current_time() - began, 3),
-                    sent=client.sent,
-                    dropped=client.dropped,
+                    offered=books.offered,
+                    sent=books.out,
+                    dropped=books.dropped,
+                    filtered=books.filtered,
+                    undelivered=books.waiting,
                     request_id=self.request_id,
                 )
 
