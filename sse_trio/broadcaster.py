@@ -113,8 +113,6 @@ class Broadcaster:
             self.history.max_bytes = max(self.settings.history_bytes, 1 << 20)
         self.history.open(epoch, head)
         self._settled = head
-        for audience in self._audiences.values():
-            audience.last = head
         if self.live:
             for client in self.clients.values():
                 client.leave()
@@ -123,6 +121,8 @@ class Broadcaster:
                     client.position = client.told = head
                     client.accounted = client.audience.passed
                 client.wake()
+        for audience in self._audiences.values():
+            audience.last = head
 
     def go_live(self) -> None:
         """The feed is live: who came before it without a cursor hears everything from now on."""

@@ -449,6 +449,16 @@ async def test_a_new_incarnation_is_told_and_read_from_its_beginning() -> None:
         assert [f.id for f in broadcaster.read(client, 10)] == ["f-1", "f-2"]
 
 
+@pytest.mark.parametrize("head", [0, 100])
+async def test_what_was_heard_before_a_new_incarnation_stays_in_the_books(head: int) -> None:
+    broadcaster = live_broadcaster()
+    with broadcaster.subscribe("a"), broadcaster.subscribe("b", Filter(agents=frozenset({"nobody"}))):
+        publish(broadcaster, 1, 2)
+        publish(broadcaster, 3)
+        broadcaster.open_epoch("f", head)
+        assert check_books(broadcaster) == Books(offered=6, waiting=3, filtered=3)
+
+
 async def test_messages_that_are_no_events_move_the_head() -> None:
     broadcaster = live_broadcaster()
     with broadcaster.subscribe("a") as client:
