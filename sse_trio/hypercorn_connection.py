@@ -161,15 +161,15 @@ class _H11Connection(_HypercornConnection):
         self._chunked = _is_chunked(self._protocol.connection)
         if not self._chunked:
             with trio.move_on_after(BACKSTOP * self.timeout, shield=True):
-                await self._write_to_socket()
+                await self._write_past_h11()
 
     async def write(self, payload: bytes) -> None:
         await super().write(chunk(payload) if self._chunked and payload else payload)
 
     async def write_rest(self) -> None:
-        if not self._chunked:
-            await super().write_rest()
-            return
+        await (self._write_past_h11() if self._chunked else super().write_rest())
+
+    async def _write_past_h11(self) -> None:
         try:
             await (self._write_to_socket() if self._tls is None else self._write_into(self._tls))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -212,7 +212,8 @@ class _H11Connection(_HypercornConnection):
             data = batch.chunk = chunk(batch.payload)
         try:
             sent = self._transport.send_now(data)
-        except trio.ClosedResourceError as error:
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.stalled = self._transport.stalled
             raise PeerGone("the peer is gone") from error
         if sent == len(data):
             return True

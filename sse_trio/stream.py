@@ -229,7 +229,7 @@ class EventStream(ConnectionResponse):
                 continue
             elif not await self._park(client, connection):
                 return "spoke early"
-        return "broken"
+        return "stalled" if connection.stalled else "broken"
 
     def _end_of_life(self) -> tuple[float, sse.GoodbyeReason]:
         """When the stream ends by itself at the latest (inf: never), and what its goodbye says then."""

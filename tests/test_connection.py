@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 from pathlib import Path
@@ -30,7 +31,8 @@ from serving import (
 from support import WITHIN, eventually, fail_within
 
 from sse_trio.asgi import ASGIConnection, _bounded
-from sse_trio.connection import Connection, ConnectionResponse
+from sse_trio.connection import Connection, ConnectionResponse, PeerGone
+from sse_trio.deadline import DeadlineStream
 from sse_trio.hypercorn_connection import chunk
 
 
@@ -417,6 +419,44 @@ async def test_a_response_may_let_out_that_the_peer_has_left() -> None:
         await peer.send_all(get("/stream"))
         await read_until(peer, FRAME)
         await peer.aclose()
+        await gate.wait()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_peer_that_is_gone_before_the_head_ends_its_response_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    tried = trio.Event()
+
+    async def broken(self: DeadlineStream, data: bytes) -> int:
+        tried.set()
+        raise trio.BrokenResourceError("the peer is gone")
+
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+
+    monkeypatch.setattr(DeadlineStream, "send_some", broken)
+    async with serving(script) as server, await server.connect() as peer:  # which fails when an error was logged
+        await peer.send_all(get("/stream", version=version))
+        with fail_within(WITHIN, "the head is written"):
+            await tried.wait()
+
+
+async def test_a_peer_that_was_found_stalled_by_the_publisher_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+
+    async def script(connection: Connection) -> None:
+        await connection.write(FRAME)
+        transport = connection._transport  # type: ignore[attr-defined]
+        monkeypatch.setattr(DeadlineStream, "unsent", lambda self: 1)  # nothing arrives, and has not for long
+        transport._acked, transport._moved_at, transport._look_at = transport._written, -math.inf, -math.inf
+        with pytest.raises(PeerGone):
+            connection.write_now(Batch(FRAME))
+        assert connection.stalled
+        gate.ended.set()
+
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream"))
         await gate.wait()
 
 
