@@ -92,7 +92,8 @@ class Publisher:
         self._captured: set[str] = set()
 
     async def run(self) -> None:
-        """Keep a connection open, whatever becomes of the servers, until cancelled."""
+        """Keep a connection open, whatever becomes of the servers, until cancelled. It may be run again."""
+        self._ended = False
         try:
             while True:
                 self._failed_rounds = 0 if await self._try_all() else self._failed_rounds + 1

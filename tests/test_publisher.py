@@ -246,6 +246,16 @@ async def test_nobody_there_is_an_error_at_once() -> None:
     assert not caught.value.uncertain
 
 
+async def test_a_publisher_that_is_run_again_waits_for_a_server_again() -> None:
+    publisher = Publisher([f"nats://127.0.0.1:{free_port()}"], agent_id="a1", agent_role="Analysis", within=0.2)
+    for _ in range(2):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publisher.run)
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await fails(publisher)).reason == "unreachable"
+            nursery.cancel_scope.cancel()
+
+
 async def test_of_several_servers_one_is_enough(core_nats: NatsServer) -> None:
     async with open_agent(f"nats://127.0.0.1:{free_port()}, {core_nats.url}") as publisher:
         await publisher.share("Insight", "x", 0.5)
