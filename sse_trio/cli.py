@@ -252,8 +252,11 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
 
     settings = settings_or_fail()
     if content == "-":
+        given = sys.stdin.buffer.read(MAX_PAYLOAD + 1)
+        if len(given) > MAX_PAYLOAD:
+            fail(f"what comes in on standard input is more than a discovery holds, {MAX_PAYLOAD} bytes", WRONG_USE)
         try:
-            content = sys.stdin.buffer.read(MAX_PAYLOAD + 1).decode().rstrip("\n")
+            content = given.decode().rstrip("\n")
         except UnicodeDecodeError:
             fail("what comes in on standard input is not UTF-8", WRONG_USE)
 

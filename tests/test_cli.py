@@ -156,6 +156,7 @@ async def test_share_prints_the_uri_that_the_stream_then_tells(nats: NatsServer,
         (["x", "--agent", ""], b"", "agent_id"),
         (["x", "--agent", ".."], b"", "agent_id"),
         (["-"], b"x" * 70_000, "65536"),
+        (["-"], "é".encode() * 40_000, "65536"),
         (["-"], b"\xff\xfe", "not UTF-8"),
     ],
 )
