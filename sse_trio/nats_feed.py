@@ -202,6 +202,7 @@ class NatsFeed:
                 replicas=settings.nats_stream_replicas,
             )
             log.info("stream created", stream=stream.name)
+        info = await self._wait_for_leader(stream, info)
         self._all_ours = self._is_all_ours(info)
         if not info.collects(settings.nats_subject):
             # A consumer of it would be made, and would be silent for ever.
@@ -217,21 +218,19 @@ class NatsFeed:
             self.backlog.forget()
             broadcaster.open_epoch(info.epoch, info.first - 1, durable=True)
         elif info.last < broadcaster.head:
-            info = await self._wait_for_rollback(stream, info)
+            log.error("stream rolled back", stream=stream.name, head=broadcaster.head, last=info.last)
+            self.backlog.forget()
+            broadcaster.open_epoch(info.epoch, info.last, durable=True)
         elif info.first > broadcaster.head + 1:
             self._expired(info.first)
         return info
 
-    async def _wait_for_rollback(self, stream: JetStream, info: StreamInfo) -> StreamInfo:
-        """The stream ends before our head: a new leader that is behind, or a server that lost what it had written."""
+    async def _wait_for_leader(self, stream: JetStream, info: StreamInfo) -> StreamInfo:
+        """Where the stream ends before our head, a new leader may be behind for a moment. Or it lost what it had."""
         with trio.move_on_after(ROLLBACK_PATIENCE):
-            while info.last < self.broadcaster.head:
+            while info.epoch == self.broadcaster.epoch and info.last < self.broadcaster.head:
                 await trio.sleep(FIRST_DELAY)
                 info = await stream.info() or info
-        if info.last < self.broadcaster.head:
-            log.error("stream rolled back", stream=stream.name, head=self.broadcaster.head, last=info.last)
-            self.backlog.forget()
-            self.broadcaster.open_epoch(info.epoch, info.last, durable=True)
         return info
 
     def _expired(self, first: int) -> None:

@@ -25,7 +25,7 @@ from sse_trio import nats_feed
 from sse_trio import rounds as rounds_module
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.discovery import DISCOVERY_TYPES
-from sse_trio.jetstream import base36
+from sse_trio.jetstream import StreamInfo, base36
 from sse_trio.nats_connection import open_connection
 from sse_trio.nats_feed import FeedError, NatsFeed
 from sse_trio.rounds import FeedCounters, Rounds
@@ -298,6 +298,43 @@ async def test_a_stream_that_collects_something_else_is_said_to_be_the_wrong_one
         assert [line["subjects"] for line in lines if line["event"] == "stream collects less than the subject"] == [
             ["orders.>", "discoveries.insights"]
         ]
+
+
+class Answers:
+    """A stream whose `info` gives one answer after the other, and the last one for ever."""
+
+    name = "DISCOVERIES"
+
+    def __init__(self, *answers: tuple[str, int, int]) -> None:
+        self.answers = list(answers)
+
+    async def info(self) -> StreamInfo:
+        await trio.lowlevel.checkpoint()
+        epoch, first, last = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return StreamInfo(epoch, first, last, 0, -1, False, True, ("discoveries.>",))
+
+
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        (("old", 1, 120), []),
+        (("old", 111, 120), [("gap", "expired", 110)]),
+        (("old", 1, 90), [("epoch", "old", 90)]),
+        (("new", 1, 120), [("epoch", "new", 0)]),
+        (("new", 1, 3), [("epoch", "new", 0)]),
+    ],
+    ids=["it catches up", "and has lost some", "it lost its end", "it was replaced", "by a shorter one"],
+)
+async def test_a_stream_that_ends_before_our_head_is_waited_for_and_then_believed(
+    autojump_clock: trio.testing.MockClock, then: tuple[str, int, int], told: list[tuple[object, ...]]
+) -> None:
+    recorder = Recorder()
+    feed = NatsFeed(Settings(), recorder)
+    recorder.open_epoch("old", 100)
+    recorder.notices.clear()
+    info = await feed._open_stream(Answers(("old", 1, 90), then))  # type: ignore[arg-type]  # all that is asked
+    assert recorder.notices == told
+    assert info.epoch == recorder.epoch
 
 
 async def test_what_the_stream_held_before_is_history_and_no_more_of_it_than_history_takes(nats: NatsServer) -> None:
