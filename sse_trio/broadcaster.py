@@ -132,7 +132,7 @@ class Broadcaster:
         self._settled = self.head
         for client in self.clients.values():
             if client.cursor is None:
-                client.position = client.told = self.head
+                client.position = self.head  # not `told`: its first keep-alive brings it an id to come back with
                 client.join()
             else:
                 client.wake()  # its task finds out what the cursor is worth

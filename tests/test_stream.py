@@ -383,6 +383,17 @@ async def test_before_the_feed_is_live_there_is_no_id_and_nothing_is_known_of_a_
         assert ids(connection)[-1] == "e-4"
 
 
+async def test_a_client_from_before_the_feed_was_live_soon_has_an_id_to_come_back_with(
+    connection: MemoryConnection, autojump_clock: MockClock
+) -> None:
+    broadcaster = Broadcaster(Settings(keepalive_interval=30))
+    async with streaming(broadcaster, connection):
+        broadcaster.open_epoch("e", 7)
+        broadcaster.go_live()
+        await trio.sleep(31)
+        assert connection.in_flight.endswith(b"event: cursor\ndata: {}\nid: e-7\n\n")
+
+
 async def test_a_new_incarnation_is_a_gap_and_then_its_events(
     connection: MemoryConnection, autojump_clock: MockClock
 ) -> None:
