@@ -12,7 +12,7 @@ JOBS ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION_TESTS := $(patsubst %,tests/test_%.py,wire outages stream broadcaster seam history sse discovery settings connection \
-  connection_http2 deadline pinned_insides nats_connection nats_feed jetstream backlog publisher listener resources server fuzzing_bytes)
+  connection_http2 deadline pinned_insides nats_connection nats_feed jetstream backlog publisher listener resources server books fuzzing_bytes)
 CODE := sse_trio tests examples benchmarks
 # Ruff has the rest of flake8-async; these are the rules about cancellation that it lacks.
 CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYNC118,ASYNC119,ASYNC120,ASYNC121,ASYNC300
