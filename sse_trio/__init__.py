@@ -16,7 +16,8 @@ Read it from the bottom; a module imports only from lower layers (tests/test_lay
        hypercorn_connection
        access, metrics, collector       who may do what; what is counted; the garbage collector
     2  broadcaster                      who is listening
-    1  client, history, rounds          one client's queue; the recent frames; what NATS brings, decoded in rounds
+    1  history, audience, client        the recent frames; who hears the same of them; one client's queue
+       rounds                           what NATS brings, decoded in rounds
        nats_connection, nats_client     one crash-only connection to NATS
        tokens, jwks, limits, logs       tokens and their keys; how many at once; logging
     0  settings, discovery, sse,        values and wire formats

@@ -22,7 +22,8 @@ from itertools import islice
 import trio
 
 from sse_trio import sse
-from sse_trio.client import EVERYTHING, Audience, Books, Client, Filter, Passed
+from sse_trio.audience import EVERYTHING, Audience, Books, Filter, Passed
+from sse_trio.client import Client
 from sse_trio.discovery import Discovery
 from sse_trio.history import Batch, Frame, History, event_id, events_among, parse_event_id
 from sse_trio.settings import Settings
@@ -73,7 +74,7 @@ class Broadcaster:
         self.past: Counter[str] = Counter()
         """What was counted of clients that have left; `/metrics` adds those who are here."""
         self._past_books = Books()
-        self._audiences: dict[Filter, Audience] = {}
+        self._audiences: dict[Filter, Audience[Client]] = {}
         self._round: Iterator[tuple[Client, Batch]] = iter(())
         self._received_at = 0.0
         self._settled = 0

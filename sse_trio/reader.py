@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 
 import trio
 
+from sse_trio.audience import Filter
 from sse_trio.backlog import Backlog
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import Filter
 from sse_trio.history import Frame, parse_event_id
 
 __all__ = ["Latest", "NotInThisEpoch", "Reader", "SearchTooLong"]

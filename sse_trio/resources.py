@@ -14,7 +14,7 @@ from werkzeug.exceptions import NotFound, RequestTimeout
 from werkzeug.routing import BaseConverter
 
 from sse_trio.access import Grant, forbidden
-from sse_trio.client import Filter
+from sse_trio.audience import Filter
 from sse_trio.discovery import MAX_PAYLOAD, InvalidDiscovery, build, parse, segment
 from sse_trio.history import Frame
 from sse_trio.nats_protocol import NatsError

@@ -11,8 +11,8 @@ from quart import Response, request
 from werkzeug.datastructures import MultiDict
 
 from sse_trio.access import Access, Grant, forbidden
+from sse_trio.audience import Filter
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import Filter
 from sse_trio.discovery import DISCOVERY_TYPES
 from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed

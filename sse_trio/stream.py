@@ -25,8 +25,9 @@ from quart.utils import encode_headers
 
 from sse_trio import sse
 from sse_trio.access import AtCapacity
+from sse_trio.audience import EVERYTHING, Filter
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import EVERYTHING, Client, Filter
+from sse_trio.client import Client
 from sse_trio.connection import Connection, ConnectionResponse
 from sse_trio.history import Frame, event_id, events_among, parse_event_id
 from sse_trio.settings import Settings

@@ -25,9 +25,10 @@ from test_seam import ODD, ScriptedSource, agent_of
 from trio.testing import MockClock
 
 from sse_trio import broadcaster as broadcaster_module
+from sse_trio.audience import EVERYTHING, Books, Filter
 from sse_trio.backlog import Backlog
 from sse_trio.broadcaster import SLICE, Broadcaster
-from sse_trio.client import EVERYTHING, Books, Client, Filter
+from sse_trio.client import Client
 from sse_trio.rounds import FeedCounters
 from sse_trio.settings import Settings
 from sse_trio.sse import ServerSentEvent

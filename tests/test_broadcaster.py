@@ -13,8 +13,9 @@ import trio
 from support import payload
 from trio.testing import assert_no_checkpoints
 
+from sse_trio.audience import Books, Filter
 from sse_trio.broadcaster import SLICE, Broadcaster, Event
-from sse_trio.client import Books, Client, Filter
+from sse_trio.client import Client
 from sse_trio.discovery import decode
 from sse_trio.history import Batch
 from sse_trio.settings import Settings

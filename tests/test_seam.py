@@ -23,9 +23,9 @@ from test_broadcaster import check_books, event
 from trio.testing import MockClock
 
 from sse_trio import broadcaster as broadcaster_module
+from sse_trio.audience import EVERYTHING, Filter
 from sse_trio.backlog import PAGE, Backlog
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import EVERYTHING, Filter
 from sse_trio.rounds import FeedCounters
 from sse_trio.settings import Settings
 from sse_trio.sse import ServerSentEvent

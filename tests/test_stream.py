@@ -18,8 +18,8 @@ from test_broadcaster import event, live_broadcaster, publish
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sse_trio.access import AtCapacity
+from sse_trio.audience import Filter
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import Filter
 from sse_trio.history import Frame
 from sse_trio.settings import Settings
 from sse_trio.stream import EventStream

@@ -19,8 +19,9 @@ import trio
 from teardown.lab import Lab, discoveries
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from sse_trio.audience import EVERYTHING, Audience, Filter
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.client import EVERYTHING, Audience, Client, Filter
+from sse_trio.client import Client
 from sse_trio.connection import Connection
 from sse_trio.stream import EventStream
 from sse_trio.testing import Report, TeardownError, cancel_at_every_step, raise_at_every_step

@@ -1,0 +1,162 @@
+"""Who hears the same: the filter, the clients that share it, and the books of what has passed them.
+
+Strategy: clients with equal filters are one audience. A round is filtered, joined and counted once for all of them, so
+neither filters nor books cost anything for each client on the live path; a client enters into its own books what has
+passed its audience when it leaves that path, or is asked (`Client.account`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from sse_trio.history import Batch, Frame, events_among
+from sse_trio.subjects import matches
+
+__all__ = ["EVERYTHING", "Audience", "Books", "Filter", "Passed"]
+
+Member = TypeVar("Member")
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which discoveries a client hears, and whether in full. Clients with equal filters are one audience.
+
+    `subjects` are the patterns that the client asked for, `granted` those that its token lets it hear; an empty
+    tuple of the former and None of the latter mean all.
+    """
+
+    types: frozenset[str] = frozenset()
+    roles: frozenset[str] = frozenset()
+    agents: frozenset[str] = frozenset()
+    min_confidence: float = 0.0
+    subjects: tuple[str, ...] = ()
+    granted: tuple[str, ...] | None = None
+    full: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it lets everything through."""
+        return not (
+            self.types
+            or self.roles
+            or self.agents
+            or self.min_confidence > 0
+            or self.subjects
+            or self.granted is not None
+        )
+
+    def matches(self, frame: Frame) -> bool:
+        """Whether this client hears `frame`. Notices are for everybody."""
+        discovery = frame.discovery
+        if discovery is None:
+            return True
+        return (
+            (not self.types or discovery.discovery_type in self.types)
+            and (not self.roles or discovery.agent_role in self.roles)
+            and (not self.agents or discovery.agent_id in self.agents)
+            and discovery.confidence >= self.min_confidence
+            and (not self.subjects or any(matches(pattern, frame.subject) for pattern in self.subjects))
+            and (self.granted is None or any(matches(pattern, frame.subject) for pattern in self.granted))
+        )
+
+    def let_through(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """Those of the frames that this client hears."""
+        return frames if self.is_open else [frame for frame in frames if self.matches(frame)]
+
+    def describe(self) -> dict[str, object]:
+        """The filter as `GET /clients` shows it: only what is set."""
+        shown: dict[str, object] = {}
+        for name, values in (("type", self.types), ("role", self.roles), ("agent", self.agents)):
+            if values:
+                shown[name] = sorted(values)
+        if self.min_confidence > 0:
+            shown["min_confidence"] = self.min_confidence
+        if self.subjects:
+            shown["subject"] = list(self.subjects)
+        if self.full:
+            shown["detail"] = "full"
+        return shown
+
+
+EVERYTHING = Filter()
+
+
+class Passed(NamedTuple):
+    """How much has passed an audience up to some place: a number that means something beside another one only."""
+
+    events: int
+    heard: int
+    filtered: int
+
+
+class Books(NamedTuple):
+    """What has become of the events that passed one stream, or all: `offered` is the sum of the others, at any moment.
+
+    Each is counted where it happens, none from the others. An event passes a stream once, while that is open: in a
+    round of the live path, when it is read for it from memory or from JetStream, or when memory forgets it before. So
+    what a stream that lags has still to read has not passed it; nor what followed when it was ended, for being full or
+    for another reason; nor what retention took first (a gap `expired`), what a new incarnation of the feed cut off
+    (`restart`), or what never came (`upstream`), whose numbers nobody knows. Notices are no events.
+    """
+
+    offered: int = 0
+    out: int = 0
+    """Written to the connection. What the kernel still holds when the peer goes may be lost yet."""
+    dropped: int = 0
+    """Missed because its queue was full or memory went on: what its gaps `overflow` name."""
+    filtered: int = 0
+    """Kept out by its filter."""
+    waiting: int = 0
+    """For it, in its queue or in the hands of its task."""
+    undelivered: int = 0
+    """What was waiting when the stream ended."""
+
+
+class Audience(Generic[Member]):
+    """The clients with one filter, and what has passed them together."""
+
+    __slots__ = ("_round", "clients", "events", "filter", "filtered", "heard", "last")
+
+    def __init__(self, filter: Filter) -> None:
+        self.filter = filter
+        self.clients: dict[Member, None] = {}
+        self.events = self.heard = self.filtered = 0
+        self.last = 0
+        """The last frame of the latest round for it: a live client that is not there yet has still to be served."""
+        self._round = (0, 0, 0)
+
+    def begin(self, frames: Sequence[Frame], events: int) -> Batch | None:
+        """A round passes: what its clients shall be offered of it. It is of `events` events, or of notices (0)."""
+        heard = self.filter.let_through(frames)
+        given = len(heard) if events else 0
+        kept_out = len(frames) - len(heard)
+        self.events += events
+        self.heard += given
+        self.filtered += kept_out
+        self._round = events, given, kept_out
+        if not heard:
+            return None
+        self.last = heard[-1].sequence
+        return Batch(heard, self.filter.full, frames, given)
+
+    @property
+    def passed(self) -> Passed:
+        """What has passed it, with the latest round."""
+        return Passed(self.events, self.heard, self.filtered)
+
+    @property
+    def passed_before(self) -> Passed:
+        """What had passed it before the latest round."""
+        events, heard, filtered = self._round
+        return Passed(self.events - events, self.heard - heard, self.filtered - filtered)
+
+    def passed_without(self, newest: Sequence[Frame]) -> Passed:
+        """What had passed it before these frames came, which are the newest."""
+        heard = self.filter.let_through(newest)
+        return Passed(
+            self.events - events_among(newest),
+            self.heard - events_among(heard),
+            self.filtered - (len(newest) - len(heard)),
+        )
