@@ -89,7 +89,7 @@ def codes(said: str) -> str:
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Settings come from the environment (NATS_URL, SSE_BUFFER, …): the README lists them. "
+    epilog="Settings come from the environment (NATS_URL, SSE_BUFFER, …): docs/operating.md lists them. "
     "Exit codes: 0 it ended as asked; 1 it failed; 2 it was given something that it cannot use.",
 )
 @click.version_option(sse_trio.__version__, prog_name="sse-trio")

@@ -272,7 +272,7 @@ async def test_the_readmes_javascript_logs_what_it_says_in_a_browser(
                 assert "closed" not in logged
 
 
-@shows("README.md", "import trio\n")
+@shows("README.md", "import os\n")
 async def test_the_readmes_python_shares_and_hears(snippet: str, nats: NatsServer, tmp_path: Path) -> None:
     async with run_server(tmp_path, nats_url=nats.url) as server, listen(server.port, query="&detail=full") as witness:
         await eventually(server.is_live, "the feed is live")
