@@ -62,7 +62,7 @@ async def test_a_row_shows_what_its_resource_says(chromium: Chromium, nats: Nats
         await tab.shows("tr.discovery[data-content=full]", 1)
         cells = await tab.texts("tr.discovery td")
         time, agent, role, kind, confidence, content = cells
-        assert (agent, role, kind, confidence) == ("a/b c", "Security", "Question", "50 %")
+        assert (agent, role, kind, confidence) == ("a/b c", "Security", "Question", "50%")
         assert "unusual login pattern 1" in content
         assert "Feb 2009" in time
         await tab.do(lambda page: page.click("tr.discovery .more"))
@@ -164,16 +164,41 @@ async def test_a_pause_holds_rows_back_and_counts_them(chromium: Chromium, nats:
         await tab.is_live()
         await share(nats, *range(2))
         await tab.shows("#rows tr.discovery", 2)
+        before = await place_of(tab, "#sparkline")
         await tab.do(lambda page: page.click("#pause"))
         await tab.shows("#pause[aria-pressed=true]")
+        await tab.says("#state-text", "Paused")
         await share(nats, *range(2, 7))
         await tab.says("#buffered", "5")
         await tab.shows("#rows tr.discovery", 2)
+        assert await place_of(tab, "#sparkline") == before
         assert await tab.do(lambda page: page.title()) == "(5) Discoveries"
         await tab.do(lambda page: page.click("#pause"))
         await tab.shows("#rows tr.discovery", 7)
+        await tab.says("#state-text", "Live")
         assert await tab.contents() == expected(range(7))
         assert await tab.do(lambda page: page.title()) == "Discoveries"
+
+
+async def place_of(tab: Tab, selector: str) -> Any:
+    return await tab.do(lambda page: page.locator(selector).first.bounding_box())
+
+
+async def test_on_a_phone_the_button_that_unfolds_a_row_stays_where_it_is(
+    chromium: Chromium, core_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with (
+        run_server(tmp_path, nats_url=core_nats.url) as server,
+        open_window(chromium, viewport=SIZES["phone"]) as window,
+    ):
+        tab = await window.open(server.url)
+        await tab.is_live()
+        await share(core_nats, 1)
+        await tab.shows("tr.discovery[data-content=full]", 1)
+        folded = await place_of(tab, "tr.discovery .more")
+        await tab.do(lambda page: page.click("tr.discovery .more"))
+        await tab.shows("tr.discovery .facts", 1)
+        assert await place_of(tab, "tr.discovery .more") == folded
 
 
 async def test_a_search_finds_words_of_contents_agents_and_roles(
@@ -208,9 +233,12 @@ async def test_a_discovery_is_shared_from_the_form_and_wrong_fields_are_named(
     async with run_server(tmp_path, nats_url=nats.url) as server, open_window(chromium) as window:
         tab = await window.open(server.url)
         await tab.is_live()
+        sent: list[str] = []
+        await tab.do(lambda page: page.on("request", lambda request: sent.append(request.method)))
         await tab.do(lambda page: page.click("#share"))
         await tab.do(lambda page: page.fill("#share-confidence", "7"))
         await tab.do(lambda page: page.fill("#share-content", "Found by hand\n<b>with two lines</b>"))
+        assert "POST" not in sent, "an open form asks nothing of the server"
         await tab.do(lambda page: page.click("#share-submit"))
         await tab.shows("#share-confidence[aria-invalid=true]")
         assert "1" in (await tab.texts("#error-confidence"))[0]
@@ -241,6 +269,8 @@ async def test_where_nobody_may_share_the_form_says_so(chromium: Chromium, nats:
         tab = await window.open(server.url)
         await tab.is_live()
         await tab.do(lambda page: page.click("#share"))
+        await tab.do(lambda page: page.fill("#share-content", "From afar"))
+        await tab.do(lambda page: page.click("#share-submit"))
         await tab.shows("#share-fields:disabled")
         assert "you can only watch" in (await tab.texts("#share-notice"))[0]
 

@@ -35,7 +35,7 @@ const counted = { received: 0, missed: 0, isExact: true, unseen: 0 };
 const rate = new Rate($("sparkline"), $("rate"));
 const table = new Table($("rows"), { discovery: $("discovery-row"), note: $("note-row") }, {
   onPick: (key, value) => choose(key, [...new Set([...filter[key], value])]),
-  onRelate: (item) => void shareForm.open({ agentId, relatedTo: item.uri }),
+  onRelate: (item) => shareForm.open({ agentId, relatedTo: item.uri }),
   onSeen: (discovery) => {
     suggest("roles", discovery.agent_role);
     suggest("agents", discovery.agent_id);
@@ -133,7 +133,7 @@ const REFUSALS = {
   503: "The server takes nobody at the moment (503).",
 };
 const FAREWELLS = {
-  shutdown: "The server is being restarted.",
+  shutdown: "The server has stopped.",
   lifetime: "The server ends each connection after a while.",
   overflow: "This page was too slow for the stream.",
   kicked: "An administrator ended this connection.",
@@ -145,14 +145,17 @@ let said = null;
 
 function showState(state) {
   const isDown = state.state === "live" && state.feed?.isLive === false;
+  const feedLost = state.feed?.reason === "unreachable" ? "The server cannot reach NATS" : "The server has lost its own feed";
   const text =
     state.state === "live"
-      ? isDown ? "No feed" : "Live"
+      ? isDown ? "No feed" : table.isPaused ? "Paused" : "Live"
       : { connecting: "Connecting", reconnecting: "Reconnecting", refused: "Turned away" }[state.state];
   const details = {
-    live: isDown ? `The server has lost its own feed (${state.feed.detail || state.feed.reason}). It comes back by itself.` : "Discoveries arrive as they are shared.",
+    live: isDown
+      ? `${feedLost} (${state.feed.detail || state.feed.reason}). It goes on trying.`
+      : table.isPaused ? "What arrives is held back until you press Resume." : "Discoveries arrive as they are shared.",
     connecting: "Opening the stream.",
-    reconnecting: `${FAREWELLS[state.farewell] ?? "The connection is lost."} It comes back by itself, and continues where it was.`,
+    reconnecting: `${FAREWELLS[state.farewell] ?? "The connection is lost."} This page reconnects ${state.farewell === "shutdown" ? "when it is back" : "by itself"}, and continues where it was.`,
     refused: `${REFUSALS[state.status] ?? `The server answered ${state.status}.`} It is tried again.`,
   };
   $("state").dataset.state = state.state;
@@ -201,7 +204,7 @@ function choose(key, value) {
 function showFilter() {
   for (const box of $("types").querySelectorAll("input")) box.checked = filter.types.includes(box.value);
   $("confidence").value = String(filter.minConfidence);
-  $("confidence-text").textContent = filter.minConfidence ? `≥ ${Math.round(filter.minConfidence * 100)} %` : "any";
+  $("confidence-text").textContent = filter.minConfidence ? `≥ ${Math.round(filter.minConfidence * 100)}%` : "any";
   $("confidence").setAttribute("aria-valuetext", filter.minConfidence ? `at least ${Math.round(filter.minConfidence * 100)} percent` : "any");
   const chips = ["roles", "agents"].flatMap((key) => filter[key].map((value) => chip(key, value)));
   $("chips").replaceChildren(...chips);
@@ -256,6 +259,7 @@ $("pause").addEventListener("click", () => {
   $("pause").setAttribute("aria-pressed", String(table.isPaused));
   $("pause-text").textContent = table.isPaused ? "Resume" : "Pause";
   $("pause-icon").setAttribute("href", table.isPaused ? "#icon-play" : "#icon-pause");
+  showState(stream.state);
   if (!table.isPaused) showTitle(0);
 });
 
@@ -282,7 +286,7 @@ $("connection").addEventListener("keydown", (event) => {
 });
 
 const shareForm = new ShareForm($("share-dialog"), () => announce("Shared."));
-$("share").addEventListener("click", () => void shareForm.open({ agentId }));
+$("share").addEventListener("click", () => shareForm.open({ agentId }));
 
 // -- what is said without being looked at ----------------------------------------------------------------------------------
 

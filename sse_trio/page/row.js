@@ -29,11 +29,12 @@ export function shortened(text) {
   return `${text.slice(0, cut)}…`;
 }
 
-/** One colour for an agent, the same on every page. */
+/** One colour for an agent, the same on every page, and far from those of agents with similar names. */
 export function hue(name) {
   let hash = 2166136261; // FNV-1a
   for (const character of name) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
-  return (hash >>> 0) % 360;
+  const mixed = Math.imul(hash ^ (hash >>> 16), 0x85ebca6b);
+  return Math.floor(((mixed >>> 0) / 2 ** 32) * 360);
 }
 
 /** One of the symbols in the page. */

@@ -29,7 +29,7 @@ export class ShareForm {
     });
   }
 
-  async open({ agentId, relatedTo = "" }) {
+  open({ agentId, relatedTo = "" }) {
     this.#form.agent_id.value ||= agentId;
     this.#form.agent_role.value ||= "Human";
     this.#form.related_to.value = relatedTo;
@@ -37,9 +37,6 @@ export class ShareForm {
     this.#mark([]);
     this.#dialog.showModal();
     this.#form.content.focus();
-    // Nothing is shared by an empty form: it is refused with what is missing, or with 403 where nobody here may share.
-    const answer = await this.#post({});
-    if (answer?.status === 403 || answer?.status === 401) this.#forbid();
   }
 
   async #post(body) {

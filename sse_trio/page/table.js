@@ -210,7 +210,7 @@ export class Table {
     row.querySelector(".role .pick").hidden = false;
     const confidence = Number(discovery.confidence);
     row.querySelector(".meter").style.setProperty("--value", confidence);
-    row.querySelector(".number").textContent = `${Math.round(confidence * 100)} %`;
+    row.querySelector(".number").textContent = `${Math.round(confidence * 100)}%`;
     row.querySelector(".confidence").classList.add("known");
     showTime(row.querySelector("time"), new Date(discovery.timestamp));
     this.#showRelation(item);
