@@ -6,6 +6,7 @@ Strategy: a command checks what it was given, opens what it needs, and hands ove
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -70,16 +71,20 @@ def told_in_one_line(*, interrupted: int = INTERRUPTED) -> Iterator[None]:
 
         from sse_trio.discovery import InvalidDiscovery
         from sse_trio.embedded_nats import EmbeddedNatsError
-        from sse_trio.listener import ListenError
+        from sse_trio.listener import ListenError, WrongAddress
         from sse_trio.nats_feed import FeedError
         from sse_trio.nats_protocol import NatsError
-        from sse_trio.server import StartError
+        from sse_trio.publisher import PublishError
+        from sse_trio.server import StartError, WrongBind
 
-        misuse = (InvalidDiscovery, SettingsError)
+        misuse = (InvalidDiscovery, SettingsError, WrongAddress, WrongBind)
         failure = (EmbeddedNatsError, FeedError, ListenError, NatsError, StartError)
         if not all(isinstance(cause, misuse + failure) for cause in found):
             raise
-        fail(str(found[0]), WRONG_USE if isinstance(found[0], misuse) else FAILED)
+        first, said = found[0], str(found[0])
+        if isinstance(first, PublishError) and first.reason == "unreachable" and not first.uncertain:
+            said = first.advice
+        fail(said, WRONG_USE if isinstance(first, misuse) else FAILED)
 
 
 def codes(said: str) -> str:
@@ -205,8 +210,21 @@ def demo(bind: str) -> None:
                 await stop.wait()
                 beside.cancel_scope.cancel()
 
-    with told_in_one_line(), listening(bind) as bound:
+    with told_in_one_line(), worded_for_make(), listening(bind) as bound:
         trio.run(show, bound)
+
+
+@contextmanager
+def worded_for_make() -> Iterator[None]:
+    """Another address, where the body says to choose one, as `make demo` takes it, where that runs us."""
+    from sse_trio.server import StartError
+
+    try:
+        yield
+    except StartError as error:
+        if not os.environ.get("MAKELEVEL"):
+            raise
+        raise type(error)(re.sub(r"--bind \S+", r"make demo DEMO='\g<0>'", str(error))) from None
 
 
 def own_name() -> str:

@@ -14,7 +14,7 @@ from sse_trio.jetstream import JetStream
 from sse_trio.limits import FD_RESERVE
 from sse_trio.nats_connection import NatsConnection, open_connection
 from sse_trio.nats_protocol import NatsError, NoResponders
-from sse_trio.server import StartError, listening
+from sse_trio.server import StartError, WrongBind, listening
 from sse_trio.settings import Settings
 from sse_trio.subjects import is_subset
 
@@ -36,7 +36,11 @@ class Finding:
 
 
 async def examine(settings: Settings, bind: str) -> list[Finding]:
-    """Every finding; never raises because of what it finds. Takes at most `WITHIN` seconds for each NATS server."""
+    """Every finding. Takes at most `WITHIN` seconds for each NATS server.
+
+    Raises:
+        WrongBind: `bind` is no address. Nothing else that it finds is raised.
+    """
     findings = [_port(bind), _open_files(settings)]
     for url in settings.nats_url:
         with trio.move_on_after(WITHIN) as scope:
@@ -51,8 +55,10 @@ def _port(bind: str) -> Finding:
     try:
         with listening(bind):
             return Finding("ok", "port", f"{bind} is free")
+    except WrongBind:
+        raise
     except StartError as error:
-        return Finding("FAIL", "port", f"{error}; stop what listens there, or choose another with --bind")
+        return Finding("FAIL", "port", f"{error}; or stop what listens there")
 
 
 def _open_files(settings: Settings) -> Finding:
@@ -80,12 +86,7 @@ async def _nats(settings: Settings, url: str) -> list[Finding]:
                 found += await _jetstream(settings, connection)
             return found
     except NatsError as error:
-        advice = {
-            "unreachable": "start it, or set NATS_URL",
-            "auth": "check the user info in NATS_URL, or NATS_CREDS",
-            "tls": "check tls:// in NATS_URL, and NATS_CA",
-        }.get(error.reason, "see its log")
-        return [Finding("FAIL", "NATS", f"{error.detail}; {advice}")]
+        return [Finding("FAIL", "NATS", error.advice)]
 
 
 async def _may_subscribe(connection: NatsConnection, subject: str) -> Finding:

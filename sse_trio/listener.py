@@ -34,7 +34,7 @@ import trio
 from sse_trio.discovery import Discovery, decode
 from sse_trio.sse import Decoder, ServerSentEvent, compact
 
-__all__ = ["Follower", "Interruption", "ListenError", "Listener", "follow", "listen"]
+__all__ = ["Follower", "Interruption", "ListenError", "Listener", "WrongAddress", "follow", "listen"]
 
 PATH = "/discoveries/stream"
 
@@ -66,6 +66,10 @@ class ListenError(Exception):
     def __init__(self, detail: str, status: int | None = None) -> None:
         self.status = status
         super().__init__(_one_line(detail))
+
+
+class WrongAddress(ListenError):
+    """What is to be listened to is no http:// or https:// URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,15 +393,17 @@ class Listener(_Closing):
 
 
 def _stream_url(url: str, parameters: list[tuple[str, str]]) -> httpx.URL:
+    shown = url.partition("?")[0]
+    hint = "" if "://" in shown else f": did you mean http://{shown}?"
     try:
         place = httpx.URL(url)
         if place.scheme not in {"http", "https"} or not place.host:
-            raise ListenError(f"{url.partition('?')[0]!r} is no http:// or https:// URL")
+            raise WrongAddress(f"{shown!r} is no http:// or https:// URL{hint}")
         path = place.path.rstrip("/")
         path = path if path.endswith(PATH) else f"{path}{PATH}"
         return place.copy_with(path=path, params=httpx.QueryParams([*place.params.multi_items(), *parameters]))
     except httpx.InvalidURL as error:
-        raise ListenError(f"that is no URL: {error}") from None
+        raise WrongAddress(f"that is no URL: {error}{hint}") from None
 
 
 def _json(event: ServerSentEvent) -> dict[str, Any]:

@@ -9,6 +9,8 @@ private names of nats-py 2.16 are all in this module; a test fails when they cha
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +229,10 @@ def classify(server: str, error: Exception) -> NatsError:
             reason, text = "timeout", "no answer in time"
         case OSError():
             reason = "unreachable"
+            # asyncio words a refusal, and several, its own way: with numbers, and the address once more.
+            numbers = set(re.findall(r"\[Errno (\d+)\]", text))
+            if len(numbers) == 1:
+                text = os.strerror(int(numbers.pop())).lower()
         case nats.errors.Error():
             text = text.removeprefix("nats: ").strip("'")
             reason = error_reason(text.lower())

@@ -344,7 +344,8 @@ class NatsFeed:
         self.first_attempt.set()
         if error.reason not in self._outage:
             self._outage.add(error.reason)
-            log.warning("feed down", reason=error.reason, detail=error.detail)
+            hint = {} if self._was_live else {"next": "it is tried again; NATS_URL names another"}
+            log.warning("feed down", reason=error.reason, detail=error.detail, **hint)
 
 
 class _Delays:

@@ -23,6 +23,18 @@ class NatsError(Exception):
         self.detail = " ".join(detail.split()) or reason
         super().__init__(f"{self.reason}: {self.detail}")
 
+    @property
+    def advice(self) -> str:
+        """A line for whoever set NATS up: what is wrong, and what can be done about it."""
+        place, colon, why = self.detail.partition(": ")
+        if self.reason == "unreachable" and colon and " " not in place:
+            return f"cannot reach NATS at {place} ({why}): start it (nats-server -js), or set NATS_URL"
+        remedy = {
+            "auth": "check the user info in NATS_URL, or NATS_CREDS",
+            "tls": "check tls:// in NATS_URL, and NATS_CA",
+        }.get(self.reason, "see its log")
+        return f"{self.detail}; {remedy}"
+
 
 class NoResponders(NatsError):
     """Nobody listens on the subject of a request (for a JetStream request: there is no JetStream)."""

@@ -9,6 +9,7 @@ so do the others, and the exit code says so.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -31,7 +32,7 @@ from sse_trio.application import App
 from sse_trio.deadline import STOPPING
 from sse_trio.scratch import own_directory, remove_leftovers
 
-__all__ = ["GRACE", "StartError", "bind_socket", "listening", "run_app", "run_workers", "stop_on_signals"]
+__all__ = ["GRACE", "StartError", "WrongBind", "bind_socket", "listening", "run_app", "run_workers", "stop_on_signals"]
 
 log = structlog.get_logger("sse_trio.server")
 
@@ -60,11 +61,16 @@ class StartError(Exception):
     """The server cannot start; the text is one line."""
 
 
+class WrongBind(StartError):
+    """What is to be listened on is no address: no other moment and no other machine would change that."""
+
+
 def bind_socket(bind: str) -> socket.socket:
     """A listening socket for `host:port`, `[v6]:port`, `port` (of 127.0.0.1), `unix:path` or `fd://number`.
 
     Raises:
-        StartError: it cannot be had; the text names the address.
+        WrongBind: it is none of these.
+        StartError: it cannot be had; the text names the address, and the next one where it is taken.
     """
     try:
         with ExitStack() as on_failure:
@@ -79,9 +85,14 @@ def bind_socket(bind: str) -> socket.socket:
             bound.listen(BACKLOG)
             bound.setblocking(False)
             on_failure.pop_all()
-    except (OSError, ValueError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StartError(f"cannot listen on {bind}: {reason[:1].lower()}{reason[1:]}") from None
+    except (ValueError, OverflowError):
+        raise WrongBind(f"cannot listen on {bind}: expected host:port, for example 127.0.0.1:3000") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        host, _, port = bind.rpartition(":")
+        is_taken = error.errno == errno.EADDRINUSE and port.isdecimal() and int(port) < 65535
+        hint = f"; choose another: --bind {host or '127.0.0.1'}:{int(port) + 1}" if is_taken else ""
+        raise StartError(f"cannot listen on {bind}: {reason[:1].lower()}{reason[1:]}{hint}") from None
     return bound
 
 
@@ -93,7 +104,7 @@ def _address_of(bind: str) -> tuple[socket.AddressFamily, Any]:
         return socket.AF_UNIX, path
     host, _, port = bind.rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
-        raise ValueError("it has no port from 0 to 65535")
+        raise ValueError
     found = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", int(port), type=socket.SOCK_STREAM)
     family, _, _, _, address = found[0]
     return family, address
@@ -104,7 +115,7 @@ def listening(bind: str) -> Iterator[socket.socket]:
     """`bind_socket` that closes the socket, and removes its file where it has one.
 
     Raises:
-        StartError: it cannot be had; the text names the address.
+        StartError: it cannot be had, see `bind_socket`.
     """
     with bind_socket(bind) as bound:
         try:

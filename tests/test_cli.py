@@ -114,6 +114,12 @@ async def test_wrong_settings_are_one_line_for_each_variable_and_the_exit_code_t
         (["share", "x", "--type", "Rumour"], "--type"),
         (["share"], "CONTENT"),
         (["tail", "--min-confidence", "x"], "--min-confidence"),
+        (["tail", "ftp://x"], "'ftp://x' is no http:// or https:// URL"),
+        (["tail", "127.0.0.1:3000"], "did you mean http://127.0.0.1:3000?"),
+        (["demo", "--bind", "foo"], "expected host:port, for example 127.0.0.1:3000"),
+        (["serve", "--bind", "foo:bar"], "expected host:port"),
+        (["serve", "--bind", ":99999"], "expected host:port"),
+        (["doctor", "--bind", "foo:bar"], "expected host:port"),
         (["fly"], "fly"),
     ],
 )
@@ -172,7 +178,9 @@ async def test_share_refuses_what_is_no_discovery_with_the_exit_code_two(
 async def test_share_without_nats_is_one_line_and_the_exit_code_one() -> None:
     done = await run("share", "x", env={"NATS_URL": NOWHERE})
     assert done.returncode == 1
-    assert re.fullmatch(rb"sse-trio: unreachable: 127\.0\.0\.1:1: .*\n", done.stderr)
+    advice = "start it (nats-server -js), or set NATS_URL"
+    said = f"sse-trio: cannot reach NATS at 127.0.0.1:1 (connection refused): {advice}\n"
+    assert done.stderr.decode() == said
     assert done.stdout == b""
 
 

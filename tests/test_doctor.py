@@ -121,7 +121,8 @@ async def test_a_server_that_is_not_there_is_to_be_started() -> None:
     url = f"nats://me:s3cret@127.0.0.1:{free_port()}"
     finding = await the_one_about("NATS", url)
     assert finding.verdict == "FAIL"
-    assert "start it, or set NATS_URL" in finding.detail
+    assert "start it (nats-server -js), or set NATS_URL" in finding.detail
+    assert "(connection refused)" in finding.detail
     assert "s3cret" not in finding.detail
 
 

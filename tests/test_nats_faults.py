@@ -96,6 +96,8 @@ async def test_a_server_that_is_not_there_at_start_is_said_once_and_found_when_i
             assert feed.status.reconnects == 0
     assert [line["event"] for line in lines] == ["feed down", "feed live"]
     assert lines[0]["reason"] == "unreachable"
+    assert lines[0]["detail"].endswith(f":{core_nats.port}: connection refused")
+    assert lines[0]["next"] == "it is tried again; NATS_URL names another"
 
 
 async def test_a_killed_server_leaves_a_gap_when_it_is_back_and_the_numbers_go_on(core_nats: NatsServer) -> None:

@@ -195,12 +195,14 @@ async def test_a_bug_in_the_feed_ends_it_with_one_and_the_bugs_own_traceback(tmp
 
 
 async def test_a_taken_port_is_one_line_that_names_it(tmp_path: Path, bound: socket.socket) -> None:
-    taken = f"127.0.0.1:{bound.getsockname()[1]}"
+    port = bound.getsockname()[1]
+    taken = f"127.0.0.1:{port}"
     done = await trio.run_process(
         [str(BIN / "sse-trio"), "serve", "--bind", taken], capture_stdout=True, capture_stderr=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode() == f"sse-trio: cannot listen on {taken}: address already in use\n"
+    said = f"cannot listen on {taken}: address already in use; choose another: --bind 127.0.0.1:{port + 1}"
+    assert done.stderr.decode() == f"sse-trio: {said}\n"
 
 
 async def test_with_a_certificate_it_serves_tls(nats: NatsServer, tmp_path: Path) -> None:
@@ -314,14 +316,14 @@ def test_an_address_can_be_said_in_the_usual_ways(bind: str) -> None:
 @pytest.mark.parametrize(
     ("bind", "reason"),
     [
-        ("localhost", "it has no port"),
-        ("127.0.0.1:70000", "it has no port"),
-        ("127.0.0.1:-1", "it has no port"),
+        ("localhost", "expected host:port, for example 127.0.0.1:3000"),
+        ("127.0.0.1:70000", "expected host:port"),
+        ("127.0.0.1:-1", "expected host:port"),
         ("192.0.2.1:80", "cannot assign"),
-        ("fd://x", "invalid literal"),
+        ("fd://x", "expected host:port"),
         ("fd://9999", "bad file descriptor"),
         ("unix:/nowhere/at/all", "no such file"),
-        ("", "it has no port"),
+        ("", "expected host:port"),
     ],
 )
 def test_an_address_that_cannot_be_had_is_named_with_the_reason(bind: str, reason: str) -> None:
