@@ -9,13 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from support import BIN, WITHIN, eventually, free_port, listen, request
+from trio.testing import MockClock
+
+from sse_trio.discovery import Discovery, build
+from sse_trio.sample_agents import sample_agents
 
 ENDS_WITHIN = 2.0
 """Seconds after Ctrl-C in which the prompt is back."""
@@ -103,6 +108,27 @@ async def test_it_prints_a_page_that_answers_and_three_agents_are_heard(tmp_path
                 agents |= {name for name in ("security-001", "performance-002", "research-003") if name in told.data}
                 assert agents
         assert "{" not in shown.output, "a demo without trouble logs nothing"
+
+
+async def test_the_agents_say_nothing_twice_within_thirty_findings_and_relate_to_what_was_said(
+    autojump_clock: MockClock,
+) -> None:
+    said: list[Discovery] = []
+
+    async def share(fields: Mapping[str, Any]) -> str:
+        said.append(build(fields))
+        if len(said) == 70:
+            scope.cancel()
+        return said[-1].uri
+
+    with trio.CancelScope() as scope:
+        await sample_agents(share)
+    assert len(said) == 70
+    for number, discovery in enumerate(said):
+        before = said[max(0, number - 29) : number]
+        assert discovery.content not in {earlier.content for earlier in before}
+        if discovery.related_to is not None:
+            assert discovery.related_to in {earlier.uri for earlier in before}
 
 
 async def test_the_commands_that_it_prints_are_heard_and_followed_as_they_stand(tmp_path: Path) -> None:
