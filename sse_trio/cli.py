@@ -28,6 +28,8 @@ __all__ = ["main"]
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
+TYPE = click.Choice([kind.lower() for kind in DISCOVERY_TYPES], case_sensitive=False)
+
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
     """End the command with one line on standard error."""
@@ -249,8 +251,8 @@ def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
 @click.option(
     "--type",
     "kind",
-    type=click.Choice(DISCOVERY_TYPES, case_sensitive=False),
-    default="Insight",
+    type=TYPE,
+    default="insight",
     show_default=True,
     help="What it is.",
 )
@@ -272,11 +274,15 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
     if content == "-":
         given = sys.stdin.buffer.read(MAX_PAYLOAD + 1)
         if len(given) > MAX_PAYLOAD:
-            fail(f"what comes in on standard input is more than a discovery holds, {MAX_PAYLOAD} bytes", WRONG_USE)
+            fail(f"standard input is oversized: more than the {MAX_PAYLOAD} bytes allowed", WRONG_USE)
         try:
             content = given.decode().rstrip("\n")
         except UnicodeDecodeError:
             fail("what comes in on standard input is not UTF-8", WRONG_USE)
+    if not content.strip():
+        fail("CONTENT is empty", WRONG_USE)
+    if related_to is not None and not related_to.startswith("discovery://"):
+        fail(f"--related-to {related_to}: expected discovery://…, as share and tail --json print it", WRONG_USE)
 
     async def main() -> str:
         async with open_publisher(
@@ -295,7 +301,7 @@ def share(content: str, agent_id: str, agent_role: str, kind: str, confidence: f
 @main.command(epilog=codes("0 after Ctrl-C, or when nobody reads its output any more; 1 when the server refuses"))
 @click.argument("url", default="http://127.0.0.1:3000")
 @click.option("--agent-id", default="tail", show_default=True, help="Who listens.")
-@click.option("--type", "types", multiple=True, help="Only this type; repeatable.")
+@click.option("--type", "types", type=TYPE, multiple=True, help="Only this type; repeatable.")
 @click.option("--role", "roles", multiple=True, help="Only agents of this role; repeatable.")
 @click.option("--agent", "agents", multiple=True, help="Only this agent; repeatable.")
 @click.option("--subject", "subjects", multiple=True, help="Only NATS subjects matching this; repeatable.")

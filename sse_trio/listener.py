@@ -394,7 +394,7 @@ class Listener(_Closing):
 
 def _stream_url(url: str, parameters: list[tuple[str, str]]) -> httpx.URL:
     shown = url.partition("?")[0]
-    hint = "" if "://" in shown else f": did you mean http://{shown}?"
+    hint = "" if "://" in shown or not shown else f": did you mean http://{shown}?"
     try:
         place = httpx.URL(url)
         if place.scheme not in {"http", "https"} or not place.host:
