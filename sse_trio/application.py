@@ -137,6 +137,8 @@ class App(QuartTrio):
             await nursery.start(self._drain_on_sigterm)
         if self.limit_warning:
             log.warning(self.limit_warning)
+        if self.settings.unknown:
+            log.warning("there are no such settings", names=list(self.settings.unknown))
         await nursery.start(self.services.access.run)
         nursery.start_soon(self.services.metrics.run)
         nursery.start_soon(self.services.publisher.run)

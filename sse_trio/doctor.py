@@ -42,6 +42,9 @@ async def examine(settings: Settings, bind: str) -> list[Finding]:
         WrongBind: `bind` is no address. Nothing else that it finds is raised.
     """
     findings = [_port(bind), _open_files(settings)]
+    if settings.unknown:
+        detail = f"there is no {', no '.join(settings.unknown)}; docs/operating.md lists them all"
+        findings.append(Finding("warn", "settings", detail))
     for url in settings.nats_url:
         with trio.move_on_after(WITHIN) as scope:
             findings += await _nats(settings, url)

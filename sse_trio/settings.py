@@ -7,13 +7,14 @@ is the field's alias. Nothing else in the package reads the environment. `Settin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 __all__ = ["Network", "Overflow", "Settings", "SettingsError"]
@@ -109,6 +110,9 @@ Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 _KEYS = ("SSE_JWT_SECRET", "SSE_JWT_JWKS")
 
+_OURS = re.compile(r"SSE_(?!TRIO_|SERVICE_|PORT(?:_|$))")
+"""How our variables begin. Kubernetes makes the others, for a service that is called sse or sse-trio."""
+
 
 def _variable(name: str, default: Any, **constraints: Any) -> Any:
     return Field(default=default, validation_alias=name, **constraints)
@@ -165,6 +169,13 @@ class Settings(BaseSettings):
     ] = _variable("LOG_LEVEL", "info")
     log_format: Literal["json", "console", "auto"] = _variable("LOG_FORMAT", "auto")
 
+    _unknown: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Variables of the environment that are named as ours are, and that no setting has: most likely slips."""
+        return self._unknown
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -197,9 +208,14 @@ class Settings(BaseSettings):
         if empty := [name for name in _KEYS if name in source and not source[name].strip()]:
             raise SettingsError("\n".join(f"{name}: it is set but empty" for name in empty))
         try:
-            return cls(**given)  # type: ignore[arg-type]  # aliases, which the type checker does not know
+            settings = cls(**given)  # type: ignore[arg-type]  # aliases, which the type checker does not know
         except ValidationError as error:
             raise SettingsError(describe(error)) from None
+        settings._unknown = tuple(sorted(name for name in source if _OURS.match(name) and name not in names))
+        return settings
+
+
+_NUMBERS = {"int_parsing": "no whole number", "int_from_float": "no whole number", "float_parsing": "no number"}
 
 
 def describe(error: ValidationError) -> str:
@@ -208,6 +224,8 @@ def describe(error: ValidationError) -> str:
     for problem in error.errors(include_url=False, include_context=False):
         variable = str(problem["loc"][0]) if problem["loc"] else "settings"
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] in _NUMBERS:
+            message = f"{problem['input']!r} is {_NUMBERS[problem['type']]}"
         # Of several the first: what follows is said of a list whose wrong parts were left out.
         lines.setdefault(variable, f"{variable}: {message[:1].lower()}{message[1:]}")
     return "\n".join(lines.values())

@@ -111,6 +111,16 @@ async def test_with_everything_there_everything_is_fine(nats: NatsServer) -> Non
     assert "not there yet" in findings[-1].detail
 
 
+async def test_a_variable_that_is_no_setting_is_named() -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    settings = Settings.from_environment({"NATS_URL": nowhere, "SSE_BUFER": "10", "SSE_HISTROY": "0"})
+    (told,) = [found for found in await examine(settings, "127.0.0.1:0") if found.subject == "settings"]
+    assert (told.verdict, told.detail) == (
+        "warn",
+        "there is no SSE_BUFER, no SSE_HISTROY; docs/operating.md lists them all",
+    )
+
+
 async def test_each_server_of_the_list_is_looked_at(nats: NatsServer, core_nats: NatsServer) -> None:
     urls = (nats.url, core_nats.url, f"nats://127.0.0.1:{free_port()}")
     findings = await examine(Settings(nats_url=urls), f"127.0.0.1:{free_port()}")

@@ -5,6 +5,7 @@ Each test starts the real command, with a directory for temporary files of its o
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -192,6 +193,13 @@ async def test_a_bug_in_the_feed_ends_it_with_one_and_the_bugs_own_traceback(tmp
         assert await server.exited() == 1
         assert 'raise RuntimeError("a bug in the feed")' in server.output
         assert ("a worker ended by itself" in server.output) == (workers == "2")
+
+
+async def test_variables_that_are_no_settings_are_named_in_the_log_once(tmp_path: Path) -> None:
+    wrong = {"SSE_BUFER": "10", "SSE_HISTROY": "0"}
+    async with run_server(tmp_path, nats_url=NOWHERE, env=wrong) as server:
+        (line,) = [line for line in server.output.splitlines() if "there are no such settings" in line]
+        assert json.loads(line)["names"] == ["SSE_BUFER", "SSE_HISTROY"]
 
 
 async def test_a_taken_port_is_one_line_that_names_it(tmp_path: Path, bound: socket.socket) -> None:

@@ -110,16 +110,16 @@ WRONG: list[tuple[str, str, str]] = [
     ("NATS_STREAM_REPLICAS", "0", "greater than or equal to 1"),
     ("NATS_STREAM_REPLICAS", "6", "less than or equal to 5"),
     ("SSE_BUFFER", "0", "greater than or equal to 1"),
-    ("SSE_BUFFER", "many", "valid integer"),
-    ("SSE_BUFFER", "1.5", "valid integer"),
-    ("SSE_BUFFER", "true", "valid integer"),
+    ("SSE_BUFFER", "many", "'many' is no whole number"),
+    ("SSE_BUFFER", "1.5", "'1.5' is no whole number"),
+    ("SSE_BUFFER", "true", "'true' is no whole number"),
     ("SSE_OVERFLOW", "drop", "'drop-oldest', 'drop-newest' or 'disconnect'"),
     ("SSE_HISTORY", "-1", "greater than or equal to 0"),
-    ("SSE_HISTORY_BYTES", "64M", "valid integer"),
+    ("SSE_HISTORY_BYTES", "64M", "'64M' is no whole number"),
     ("SSE_KEEPALIVE_INTERVAL", "0", "greater than or equal to 0.01"),
     ("SSE_KEEPALIVE_INTERVAL", "nan", "less than or equal to"),
     ("SSE_KEEPALIVE_INTERVAL", "inf", "less than or equal to"),
-    ("SSE_KEEPALIVE_INTERVAL", "30s", "valid number"),
+    ("SSE_KEEPALIVE_INTERVAL", "30s", "'30s' is no number"),
     ("SSE_RETRY", "-1", "greater than or equal to 0"),
     ("SSE_RETRY", "2147483648", "less than 2147483648"),
     ("SSE_WRITE_TIMEOUT", "0", "greater than or equal to 0.01"),
@@ -128,7 +128,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("SSE_DRAIN_WINDOW", "nan", "less than or equal to"),
     ("SSE_DRAIN_DELAY", "-0.1", "greater than or equal to 0"),
     ("SSE_MAX_CONNECTIONS", "-1", "greater than or equal to 0"),
-    ("SSE_MAX_CONNECTIONS_PER_IP", "x", "valid integer"),
+    ("SSE_MAX_CONNECTIONS_PER_IP", "x", "'x' is no whole number"),
     ("SSE_ALLOWED_ORIGINS", "example.org", "is not an origin"),
     ("SSE_ALLOWED_ORIGINS", "https://example.org/path", "is not an origin"),
     ("SSE_ALLOWED_ORIGINS", "https://me@example.org", "is not an origin"),
@@ -171,6 +171,14 @@ def test_every_wrong_variable_is_named_at_once() -> None:
 
 def test_other_variables_and_other_spellings_are_nobodys_business() -> None:
     assert Settings.from_environment({"SSE_TRIO_PORT": "tcp://10.0.0.1:80", "sse_buffer": "7"}) == Settings()
+
+
+def test_variables_that_are_named_like_ours_and_are_not_are_kept_to_be_told() -> None:
+    others = {"SSE_SERVICE_HOST": "10.0.0.1", "SSE_PORT": "tcp://10.0.0.1:80", "SSE_TRIO_TOKEN": "x", "HOME": "/"}
+    given = Settings.from_environment({"SSE_HISTROY": "0", "SSE_BUFER": "10", "SSE_BUFFER": "20"} | others)
+    assert given.unknown == ("SSE_BUFER", "SSE_HISTROY")
+    assert given.model_copy(update={"nats_url": ("nats://a:1",)}).unknown == given.unknown
+    assert Settings().unknown == ()
 
 
 def test_without_a_mapping_the_environment_of_the_process_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
