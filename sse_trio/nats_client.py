@@ -233,6 +233,7 @@ def classify(server: str, error: Exception) -> NatsError:
             numbers = set(re.findall(r"\[Errno (\d+)\]", text))
             if len(numbers) == 1:
                 text = os.strerror(int(numbers.pop())).lower()
+            text = re.sub(r"^\[Errno -\d+\] ", "", text)  # of a name that is not found
         case nats.errors.Error():
             text = text.removeprefix("nats: ").strip("'")
             reason = error_reason(text.lower())

@@ -11,6 +11,7 @@ import gc
 import inspect
 import json
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -450,6 +451,21 @@ async def test_another_protocol_is_refused_by_name(core_nats: NatsServer, scheme
 
 async def test_a_name_that_does_not_resolve_is_unreachable() -> None:
     assert (await refusal("nats://no-such-host.invalid:4222")).reason == "unreachable"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(111, "Connect call failed ('127.0.0.1', 4222)"), "connection refused"),
+        (OSError("Multiple exceptions: [Errno 111] ('::1', 1), [Errno 111] ('127.0.0.1', 1)"), "connection refused"),
+        (OSError("several: [Errno 111] here, [Errno 113] there"), "several: [Errno 111] here, [Errno 113] there"),
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+    ],
+    ids=["refused", "refused by both addresses", "differently by each", "no such name"],
+)
+def test_why_a_server_is_unreachable_is_said_in_words(error: OSError, said: str) -> None:
+    told = nats_client.classify("a:1", error)
+    assert (told.reason, told.detail) == ("unreachable", f"a:1: {said}")
 
 
 async def test_a_server_that_says_nothing_times_out() -> None:
