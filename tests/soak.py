@@ -6,8 +6,9 @@
 One server, as users start it, and one nats-server with JetStream. Clients with filters and without connect, leave in
 every way, idle, and come back with their cursor (see soak_crowd.py); each byte that they hear is compared with what was
 published. Meanwhile the server process is looked at: memory, files, tasks, threads. Before the time begins to count,
-everybody is connected, the history in memory is full, and as many streams have ended as end between two collections of
-garbage (sse_trio/collector.py): from then on nothing has a reason to grow.
+everybody is connected, the history in memory is full, the pages of the stream that are kept (sse_trio/backlog.py) are as
+many as they become, and as many streams have ended as end between two collections of garbage (sse_trio/collector.py):
+from then on nothing has a reason to grow.
 
 Flat means: the median of the last fifth of the samples is not above that of the second fifth by more than 2 % and 1 MB
 (memory), 1 % and 5 (files, tasks), nothing (threads); and when all have left, files and tasks are as many as before the
@@ -202,6 +203,7 @@ class World:
                 self.say(f"{crowd.size} clients arrive, {warm} streams end, {history} events fill the memory")
                 within = WITHIN + 3 * (crowd.size / ARRIVALS + warm * crowd.life / crowd.size + history / self.rate)
                 await eventually(lambda: self._is_warm(history, warm), "it is warm", within)
+                await self._page_back()
                 await self.watch(pid, seconds)
                 self.stop_publishing = True
             self.say("no more is published; all hear the rest")
@@ -213,6 +215,16 @@ class World:
             await self._until(lambda: not crowd.here, "all have left", 60)
             nursery.cancel_scope.cancel()
         await self._check_end(pid, files, tasks)
+
+    async def _page_back(self) -> None:
+        """Read all that was published, newest first: the server keeps pages of the stream, from now on as many as ever."""
+        path, read = "/discoveries?limit=500", 0
+        while path:
+            status, answer = await self.house.server.get(path)
+            assert status == 200, answer
+            read += len(answer["discoveries"])
+            path = f"/discoveries?limit=500&before={answer['next']}" if answer["next"] else ""
+        self.say(f"{read:,} events were read back, to the first")
 
     async def _is_warm(self, history: int, warm: int) -> bool:
         await trio.sleep(TICK)
