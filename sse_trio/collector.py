@@ -7,12 +7,15 @@ because streams are built so that they are freed by counting references (`hyperc
 Strategy: full collections by themselves are switched off. Once a second the young are collected, and what lives on is
 put out of the collector's sight (`gc.freeze`): one pass over what is new, none over what is old. What dies in a cycle
 out of sight stays in memory until a full collection is due: after as many departures as there are streams, but at least
-`DEPARTURES`.
+`DEPARTURES`. With it the C library gives back what is free between what is used: buffers of all sizes come and go with
+clients that read history, and 2,000 of them made a process grow by half a megabyte a minute otherwise.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from collections.abc import Callable
 
 import trio
 
@@ -28,6 +31,19 @@ DEPARTURES = 5000
 
 THRESHOLDS = (10_000, 10, 1_000_000)
 """For the young and the middle-aged, as gc.set_threshold takes them; never by itself for the old."""
+
+
+def _find_trim() -> Callable[[int], int]:
+    """glibc's `malloc_trim`; where there is another C library, nothing."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return lambda padding: 0
+    return trim
+
+
+trim = _find_trim()
+"""Give free memory back to the system, keeping so many bytes at the end; 1 when some was given back."""
 
 
 class Collector:
@@ -60,6 +76,7 @@ class Collector:
             self.full += 1
             gc.unfreeze()
             gc.collect()
+            trim(0)
         else:
             gc.collect(1)
         gc.freeze()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -61,3 +63,21 @@ async def test_what_died_out_of_sight_is_freed_after_enough_departures() -> None
     assert collector.full == 1
     collector.collect()
     assert collector.full == 1
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+async def test_what_is_free_between_what_is_used_goes_back_to_the_system_then() -> None:
+    broadcaster = Broadcaster(Settings())
+    collector = Collector(broadcaster)
+    buffers = [bytes(60_000) for _ in range(2000)]
+    used = buffers[::20]
+    del buffers
+    before = resident()
+    broadcaster.connects += DEPARTURES
+    collector.collect()
+    assert resident() < before - 50_000_000
+    assert len(used) == 100
