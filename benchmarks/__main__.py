@@ -15,7 +15,7 @@ from typing import Any
 from . import plan
 from .contenders import CONTENDERS, available
 from .needs import Missing, Tools, machine, prepare, versions
-from .report import Results, document, summary
+from .report import Results, document, has_curves, summary
 from .runs import Sample, Scenario, run
 
 HERE = Path(__file__).parent
@@ -133,7 +133,8 @@ def _write(results: Results, out: Path) -> None:
 def _publish(results: Results, out: Path) -> None:
     """Into the repository: the numbers, the plot, and the tables between the marks of the two READMEs."""
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    shutil.copy(out / "plot.png", HERE / "plot.png")
+    if has_curves(results):
+        shutil.copy(out / "plot.png", HERE / "plot.png")
     for readme, tables in ((HERE / "README.md", document(results)), (HERE.parent / "README.md", summary(results))):
         text = readme.read_text()
         begin, middle, rest = text.partition(MARKS[0])

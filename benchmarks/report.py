@@ -316,24 +316,36 @@ def overview_table(table: Table) -> list[str]:
 
 
 def summary(results: Results) -> str:
-    """The report's first page, in Markdown: for the project's README."""
-    table = Table(results)
-    plot = "![Latency, throughput and cost over clients and event rate](benchmarks/plot.png)"
-    return "\n".join([*_header(results), *overview_table(table), "", *target_table(table), "", plot, ""])
+    """The report's first table, in Markdown, and the plot where there are curves: for the project's README."""
+    lines = [_circumstances(results), "", *overview_table(Table(results)), ""]
+    if has_curves(results):
+        lines += ["![Latency, throughput and cost over clients and event rate](benchmarks/plot.png)", ""]
+    more = (
+        "What was aimed at and what was reached, TLS, HTTP/2 and the rest: [benchmarks](benchmarks/README.md#results)."
+    )
+    return "\n".join([*lines, more, ""])
 
 
-def _header(results: Results) -> list[str]:
+def has_curves(results: Results) -> bool:
+    """Whether enough was measured for the plot to say something."""
+    return results["mode"] in {"curves", "full"}
+
+
+def _circumstances(results: Results) -> str:
     """On what, when, and how it was measured."""
-    machine, versions = results["machine"], results["versions"]
-    return [
+    machine = results["machine"]
+    return (
         f"Measured {results['started']} on {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory']}, {machine['kernel']}; load client, server and nats-server share the cores. "
         f"{results['rounds']} rounds, contenders in turn; {results['seconds'] / 60:.0f} minutes. Median "
-        "(least–most); ratios are taken within a round; “arrived” is the worst round's.",
-        "",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
-        "",
-    ]
+        "(least–most); ratios are taken within a round; “arrived” is the worst round's."
+    )
+
+
+def _header(results: Results) -> list[str]:
+    """The circumstances, and which versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return [_circumstances(results), "", f"Versions: {versions}.", ""]
 
 
 def document(results: Results) -> str:
