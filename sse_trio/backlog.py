@@ -52,7 +52,7 @@ WORK = 0.0005
 LONGEST_WORK = 0.005
 """Seconds of decoding before other tasks may run, where they take long."""
 
-SHARE = 0.25
+SHARE = 0.1
 """How long a page is decoded, of the time that the others took before. A loop that has no time left takes long for each
 turn; with ever the same little work in each of them, reading fell behind what was published, and readers never caught
 up."""

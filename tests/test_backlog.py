@@ -146,7 +146,7 @@ async def test_frames_of_a_page_are_made_once(autojump_clock: trio.testing.MockC
 
 @pytest.mark.parametrize(
     ("turn", "pauses"),
-    [(0.001, range(10, 16)), (0.01, range(2, 5)), (1.0, range(1, 3))],
+    [(0.001, range(10, 16)), (0.01, range(4, 8)), (1.0, range(1, 3))],
     ids=["idle", "busy", "overrun"],
 )
 async def test_the_slower_the_loop_turns_the_more_of_a_page_is_decoded_in_a_turn(
