@@ -11,7 +11,8 @@ protocols count as sent, and cuts its own cleaning up. The shield is bounded, an
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import h11
@@ -78,13 +79,19 @@ class _HypercornConnection(Connection):
         self._http = http
         self._transport = transport
 
-    async def _guarded(self, message: ASGISendEvent) -> None:
-        await self._ready()
+    @contextmanager
+    def _shielded(self, what: str) -> Iterator[None]:
+        """Against a cancel, which would cut `what` in its middle; where it takes too long, the peer is cut off."""
         with trio.move_on_after(BACKSTOP * self.timeout, shield=True) as scope:
-            await self._send(message)
+            yield
         if scope.cancelled_caught:
             self._transport.abort()
-            raise PeerGone("the connection has not taken a message in time")
+            raise PeerGone(f"the connection has not taken {what} in time")
+
+    async def _guarded(self, message: ASGISendEvent) -> None:
+        await self._ready()
+        with self._shielded("a message"):
+            await self._send(message)
         if self._http.closed and message.get("more_body", True):
             # Hypercorn does not say so: it drops what is sent to a peer that is gone.
             self.stalled = self._transport.stalled
@@ -160,7 +167,7 @@ class _H11Connection(_HypercornConnection):
         self._rest = bytes(held)
         self._chunked = _is_chunked(self._protocol.connection)
         if not self._chunked:
-            with trio.move_on_after(BACKSTOP * self.timeout, shield=True):
+            with self._shielded("the head"):
                 await self._write_past_h11()
 
     async def write(self, payload: bytes) -> None:
@@ -186,12 +193,8 @@ class _H11Connection(_HypercornConnection):
         await trio.lowlevel.checkpoint()
         if self._rest is not None:
             await self._ready()
-            # A cancel in the middle would break the TLS stream.
-            with trio.move_on_after(BACKSTOP * self.timeout, shield=True) as scope:
+            with self._shielded("a chunk"):
                 await tls.send_all(self._rest)
-            if scope.cancelled_caught:
-                self._transport.abort()
-                raise PeerGone("the connection has not taken a chunk in time")
             self._rest = None
 
     def _keep(self, data: bytes | memoryview, sent: int) -> None:

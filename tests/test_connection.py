@@ -30,6 +30,7 @@ from serving import (
 )
 from support import WITHIN, eventually, fail_within
 
+from sse_trio import hypercorn_connection
 from sse_trio.asgi import ASGIConnection, _bounded
 from sse_trio.connection import Connection, ConnectionResponse, PeerGone
 from sse_trio.deadline import DeadlineStream
@@ -440,6 +441,31 @@ async def test_a_peer_that_is_gone_before_the_head_ends_its_response_and_is_no_f
         await peer.send_all(get("/stream", version=version))
         with fail_within(WITHIN, "the head is written"):
             await tried.wait()
+
+
+async def test_a_head_that_is_not_taken_in_time_cuts_its_peer_off_and_nothing_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    followed = False
+
+    async def stuck(self: DeadlineStream, data: bytes) -> int:
+        await trio.sleep_forever()
+        raise AssertionError("it sleeps")
+
+    async def script(connection: Connection) -> None:
+        nonlocal followed
+        followed = True
+
+    monkeypatch.setattr(DeadlineStream, "send_some", stuck)
+    monkeypatch.setattr(hypercorn_connection, "BACKSTOP", 0.01)
+    async with serving(script) as server, await server.connect() as peer:
+        await peer.send_all(get("/stream", version="1.0"))
+        with fail_within(WITHIN, "the peer is cut off"):
+            try:
+                assert await peer.receive_some() == b""
+            except trio.BrokenResourceError:
+                pass
+        assert not followed
 
 
 async def test_a_peer_that_was_found_stalled_by_the_publisher_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
