@@ -53,7 +53,8 @@ async def test_a_reader_that_closes_with_a_close_notify_is_gone_at_once(server: 
 
         async def close() -> None:
             with suppress(trio.BrokenResourceError):  # the server need not answer it
-                await stream.stream.unwrap()  # type: ignore[attr-defined]
+                beneath, _ = await stream.stream.unwrap()  # type: ignore[attr-defined]
+                await beneath.aclose()  # it is ours again, and nobody else closes it
 
         nursery.start_soon(close)
         note("TLS: close with close_notify", await server.gone("closing"), 0, server.kind)
