@@ -31,8 +31,9 @@ from sse_trio.subjects import matches
 
 __all__ = ["Backlog", "Page", "Source"]
 
-PAGE = 500
-"""Sequences that a page is meant for, and messages that it holds at most."""
+PAGE = 100
+"""Sequences that a page is meant for, and messages that it holds at most. The server sends a page in one go, and live
+events stand behind it in the server's queue, on the connection and in our loop."""
 
 CACHE_BYTES = 8 << 20
 """Bytes of pages that are kept, at most (or a single page)."""

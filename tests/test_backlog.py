@@ -5,7 +5,7 @@ First against a stream made of a dict, which can lag, fail and change while it i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,6 +28,16 @@ from sse_trio.nats_connection import NatsConnection, open_connection
 from sse_trio.nats_protocol import Message, NatsError
 from sse_trio.rounds import Arrived, FeedCounters
 
+PAGE = 500
+"""Of these tests: the sequences in them are told against it, so it is theirs, whatever is best at the time."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pages_of_five_hundred() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backlog_module, "PAGE", PAGE)
+        yield
+
 
 @dataclass
 class Bounds:
@@ -49,7 +59,7 @@ class FakeStream:
         self.direct = True
         self.replica_has = 1 << 60
         """The last sequence that the answering replica knows."""
-        self.most = 500
+        self.most = PAGE
         self.failures: list[NatsError] = []
         self.reads: list[int] = []
         self.infos = 0
