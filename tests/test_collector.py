@@ -12,8 +12,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from sse_trio import collector as collector_module
 from sse_trio.broadcaster import Broadcaster
-from sse_trio.collector import DEPARTURES, Collector
+from sse_trio.collector import DEPARTURES, TRIM_INTERVAL, Collector
 from sse_trio.settings import Settings
 
 
@@ -70,14 +71,40 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-async def test_what_is_free_between_what_is_used_goes_back_to_the_system_then() -> None:
+async def test_what_is_free_between_what_is_used_goes_back_to_the_system_when_streams_have_ended(
+    mock_clock: MockClock,
+) -> None:
     broadcaster = Broadcaster(Settings())
     collector = Collector(broadcaster)
-    buffers = [bytes(60_000) for _ in range(2000)]
-    used = buffers[::20]
-    del buffers
-    before = resident()
-    broadcaster.connects += DEPARTURES
+    for _ in range(2):
+        buffers = [bytes(60_000) for _ in range(2000)]
+        used = buffers[::20]
+        del buffers
+        before = resident()
+        collector.collect()
+        assert resident() > before - 10_000_000, "nobody has left"
+        broadcaster.connects += 1
+        collector.collect()
+        assert resident() < before - 50_000_000
+        assert len(used) == 100
+        mock_clock.jump(TRIM_INTERVAL)
+
+
+async def test_free_memory_is_given_back_once_in_a_while(
+    mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(collector_module, "trim", trimmed.append)
+    broadcaster = Broadcaster(Settings())
+    collector = Collector(broadcaster)
+    for _ in range(3):
+        broadcaster.connects += 1
+        collector.collect()
+    assert len(trimmed) == 1
+    mock_clock.jump(TRIM_INTERVAL)
+    for _ in range(3):
+        collector.collect()
+    assert len(trimmed) == 2
+    mock_clock.jump(TRIM_INTERVAL)
     collector.collect()
-    assert resident() < before - 50_000_000
-    assert len(used) == 100
+    assert len(trimmed) == 2, "nobody has left since"
