@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from support import BIN, NatsServer, Server, eventually, fail_within, free_port, listen, nats_server, run_server
 
-from sse_trio.backlog import PAGE
+from sse_trio.backlog import SMALL_PAGE
 
 from .procs import usage
 
@@ -375,8 +375,8 @@ async def together(directory: Path, *, clients: int = 1000, back: int = 5000) ->
             outcome.figure("the last one has everything after", f"{books['seconds']:.1f} s")
             outcome.figure("deliveries/s", f"{books['delivered'] / books['seconds']:,.0f}")
         count = await reads(server) - reads_before
-        outcome.figure("reads of the stream", f"{count} (pages: {-(-back // PAGE)})")
-        outcome.require(count <= 2 * (back // PAGE + 1), f"{count} reads of the stream")
+        outcome.figure("reads of the stream", f"{count} (small pages: {-(-back // SMALL_PAGE)})")
+        outcome.require(count <= 2 * (back // SMALL_PAGE + 1), f"{count} reads of the stream")
     return outcome
 
 

@@ -1,7 +1,7 @@
 """Older events, read from the stream for those whom memory no longer serves, and read once for all of them.
 
-Strategy: the stream is read in pages that begin at multiples of `PAGE`, so that clients on their way through the same
-past ask for the same pages. One read of a page is in flight at most; everybody who wants the page waits for it, and it
+Strategy: the stream is read in pages that begin at multiples of their size, so that clients on their way through the
+same past ask for the same pages. One read of a page is in flight at most; everybody who wants the page waits for it, and it
 is decoded and encoded once. Pages are kept for a while, bounded by bytes; full ones never change.
 
 A read belongs to the connection (it runs in the nursery given to `open`), never to the client who asked first, so a
@@ -31,9 +31,17 @@ from sse_trio.subjects import matches
 
 __all__ = ["Backlog", "Page", "Source"]
 
-PAGE = 100
-"""Sequences that a page is meant for, and messages that it holds at most. The server sends a page in one go, and live
-events stand behind it in the server's queue, on the connection and in our loop."""
+PAGE = 500
+"""Sequences that a page is meant for, and messages that it holds at most."""
+
+SMALL_PAGE = 100
+"""The same where the loop has time. The server sends a page in one go, and live events stand behind it in the server's
+queue, on the connection and in our loop; but each page takes several turns of the loop, and where these are long, small
+ones are read more slowly than new events come."""
+
+SLOW, FAST = 0.0003, 0.0001
+"""Seconds for each message of a page, from asking for it to the last frame: above the first the loop has no time, below
+the second it has again."""
 
 CACHE_BYTES = 8 << 20
 """Bytes of pages that are kept, at most (or a single page)."""
@@ -112,6 +120,10 @@ class _Kept:
     at_end: bool
 
 
+Place = tuple[int, int]
+"""Where a page begins (behind that sequence), and its size."""
+
+
 class _Read:
     """A read in flight."""
 
@@ -127,7 +139,7 @@ class _Opened:
         self.source = source
         self.epoch = epoch
         self.nursery = nursery
-        self.reads: dict[int, _Read] = {}
+        self.reads: dict[Place, _Read] = {}
         self.said: set[str] = set()
         """The reasons for which reads have failed, which the log has named."""
 
@@ -142,7 +154,8 @@ class Backlog:
         self._opened: _Opened | None = None
         self._changed = trio.Event()
         self._limit = trio.Semaphore(READS_AT_ONCE)
-        self._pages: OrderedDict[int, _Kept] = OrderedDict()
+        self._pages: OrderedDict[Place, _Kept] = OrderedDict()
+        self._size = SMALL_PAGE
         self._bytes = 0
         self._epoch: str | None = None
         self._incarnation = 0
@@ -222,17 +235,16 @@ class Backlog:
         what is left: compare with `bounds`, which is then never older than the page. There is no such hole between its
         frames. Where the stream was replaced while we waited, the page is empty and ends at `after`.
         """
-        start = after - after % PAGE
-        await self._ready()
+        place = self._place(await self._ready(), after)
         incarnation = self._incarnation
         while True:
-            page = await self._page(start, after)
+            page = await self._page(place, after)
             if self._incarnation != incarnation:
                 return Page([], after)
             if page.last > after:
                 return page
-            if page.last > start:
-                start = page.last  # large messages: the page ended before its time
+            if page.last > place[0]:
+                place = (page.last, place[1])  # large messages: the page ended before its time
             else:
                 await trio.sleep(RETRY)  # a lagging replica, or nothing has been published yet
 
@@ -295,32 +307,43 @@ class Backlog:
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
-    async def _page(self, start: int, after: int) -> Page:
-        """The page of the frames that follow `start`: from the cache, or from the read that is in flight, or read.
+    def _place(self, opened: _Opened, after: int) -> Place:
+        """The page with what follows `after`: one that is there or on its way, or one to be read."""
+        for size in (PAGE, SMALL_PAGE):
+            place = (after - after % size, size)
+            kept = self._pages.get(place)
+            if place in opened.reads or (kept is not None and kept.page.last > after):
+                return place
+        return (after - after % self._size, self._size)
+
+    async def _page(self, place: Place, after: int) -> Page:
+        """This page: from the cache, or from the read that is in flight, or read.
 
         One that the end of the stream cut short is read again when it has nothing that follows `after`.
         """
         while True:
             opened = await self._ready()
-            kept = self._pages.get(start)
+            kept = self._pages.get(place)
             if kept is not None and (kept.page.last > after or not kept.at_end):
-                self._pages.move_to_end(start)
+                self._pages.move_to_end(place)
                 return kept.page
-            read = opened.reads.get(start)
+            read = opened.reads.get(place)
             if read is None:
-                read = opened.reads[start] = _Read()
-                opened.nursery.start_soon(self._run, opened, start, read)
+                read = opened.reads[place] = _Read()
+                opened.nursery.start_soon(self._run, opened, place, read)
             await read.done.wait()
             if read.page is not None:
                 return read.page
             if opened is self._opened:
                 await trio.sleep(RETRY)
 
-    async def _run(self, opened: _Opened, start: int, read: _Read) -> None:
+    async def _run(self, opened: _Opened, place: Place, read: _Read) -> None:
         """Read one page; whatever becomes of it, those who wait are woken."""
         try:
             async with self._limit:
-                read.page = await self._load(opened, start)
+                began = time.perf_counter()
+                read.page = await self._load(opened, *place)
+                self._took((time.perf_counter() - began) / place[1])
         except NatsError as error:
             if error.reason == "permissions" and opened.source.direct:
                 opened.source.direct = False
@@ -329,13 +352,20 @@ class Backlog:
                 opened.said.add(error.reason)
                 log.warning("stream cannot be read", reason=error.reason, detail=error.detail)
         finally:
-            del opened.reads[start]
+            del opened.reads[place]
             read.done.set()
 
-    async def _load(self, opened: _Opened, start: int) -> Page:
+    def _took(self, seconds: float) -> None:
+        """A page took so long for each message that it is meant for; the next ones are as large as that demands."""
+        if seconds > SLOW:
+            self._size = PAGE
+        elif seconds < FAST:
+            self._size = SMALL_PAGE
+
+    async def _load(self, opened: _Opened, start: int, size: int) -> Page:
         self.counters.stream_reads += 1
         head = self._head()
-        read, at_end = await opened.source.read(start + 1, PAGE)
+        read, at_end = await opened.source.read(start + 1, size)
         stored = await self._up_to_hole(opened, read)
         at_end = at_end and len(stored) == len(read)
         last = stored[-1][0] if stored else start
@@ -347,19 +377,19 @@ class Backlog:
             self._holes += 1
             self._bounds_until = -1.0
         frames = []
-        size = FRAME_OVERHEAD  # a page without frames takes room, too
+        occupied = FRAME_OVERHEAD  # a page without frames takes room, too
         rest_at = time.perf_counter() + WORK
         for message in stored:
             if (frame := _frame(opened.epoch, message)) is not None:
                 frames.append(frame)
-                size += frame.size
+                occupied += frame.size
             if (now := time.perf_counter()) >= rest_at:
                 await trio.sleep(PAUSE)
                 resumed = time.perf_counter()
                 rest_at = resumed + min(max(WORK, SHARE * (resumed - now)), LONGEST_WORK)
         page = Page(frames, last)
         if opened is self._opened and last > start:
-            self._keep(start, _Kept(page, size, at_end))
+            self._keep((start, size), _Kept(page, occupied, at_end))
         return page
 
     async def _up_to_hole(self, opened: _Opened, stored: Sequence[Arrived]) -> Sequence[Arrived]:
@@ -388,10 +418,10 @@ class Backlog:
         following = await opened.source.next(last + 1)
         return head if following is None or following[0] > head else last
 
-    def _keep(self, start: int, kept: _Kept) -> None:
-        if (replaced := self._pages.pop(start, None)) is not None:
+    def _keep(self, place: Place, kept: _Kept) -> None:
+        if (replaced := self._pages.pop(place, None)) is not None:
             self._bytes -= replaced.size
-        self._pages[start] = kept
+        self._pages[place] = kept
         self._bytes += kept.size
         while self._bytes > CACHE_BYTES and len(self._pages) > 1:
             _, oldest = self._pages.popitem(last=False)

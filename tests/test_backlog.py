@@ -5,6 +5,7 @@ First against a stream made of a dict, which can lag, fail and change while it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ PAGE = 500
 def pages_of_five_hundred() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backlog_module, "PAGE", PAGE)
+        patch.setattr(backlog_module, "SMALL_PAGE", PAGE)
         yield
 
 
@@ -145,6 +147,50 @@ async def test_pages_begin_at_the_same_places_for_everyone_and_are_read_once(
         # The unfinished page at the end is not kept; all others are read once.
         assert len([start for start in stream.reads if start != 2001]) == 4
         assert backlog.counters.stream_reads == len(stream.reads)
+
+
+async def test_pages_are_small_while_the_loop_has_time_and_large_while_it_has_none(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "SMALL_PAGE", 100)
+    async with reading(FakeStream(range(1, 5001))) as (backlog, _):
+
+        async def spans(after: int, slow: float, fast: float) -> list[tuple[int, int]]:
+            """The first and last sequence of the next three pages, where this counts as slow, and that as fast."""
+            monkeypatch.setattr(backlog_module, "SLOW", slow)
+            monkeypatch.setattr(backlog_module, "FAST", fast)
+            found = []
+            for _ in range(3):
+                page = await backlog.read(after)
+                found.append((page.frames[0].sequence, page.last))
+                after = page.last
+            return found
+
+        never, always = math.inf, 0.0
+        assert await spans(0, never, never) == [(1, 100), (101, 200), (201, 300)]
+        assert await spans(1000, always, always) == [(1001, 1100), (1001, 1500), (1501, 2000)]
+        assert await spans(2000, never, always) == [(2001, 2500), (2501, 3000), (3001, 3500)]
+        assert await spans(3500, never, never) == [(3501, 4000), (4001, 4100), (4101, 4200)]
+
+
+async def test_a_page_that_is_there_or_on_its_way_serves_whatever_size_one_would_have_now(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "SMALL_PAGE", 100)
+    stream = FakeStream(range(1, 1001))
+    stream.gate = trio.Event()
+    async with reading(stream) as (backlog, _):
+        backlog._took(math.inf)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(backlog.read, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            backlog._took(0.0)
+            nursery.start_soon(backlog.read, 350)
+            await trio.testing.wait_all_tasks_blocked()
+            stream.gate.set()
+        backlog._took(0.0)
+        await backlog.read(420)
+        assert stream.reads == [1]
 
 
 async def test_frames_of_a_page_are_made_once(autojump_clock: trio.testing.MockClock) -> None:
@@ -489,7 +535,7 @@ async def test_pages_are_kept_within_bounds_and_the_least_wanted_go_first(
         monkeypatch.setattr(backlog_module, "CACHE_BYTES", 3 * backlog._bytes + 10_000)
         for start in (500, 1000, 0, 1500, 0):
             await backlog.read(start)
-        assert list(backlog._pages) == [1000, 1500, 0]
+        assert [start for start, _ in backlog._pages] == [1000, 1500, 0]
         assert backlog._bytes <= backlog_module.CACHE_BYTES
         assert backlog._bytes == sum(kept.size for kept in backlog._pages.values())
 
