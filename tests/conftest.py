@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from support import NatsServer, nats_server
+
+
+def pytest_configure() -> None:
+    """Hear signals as at a terminal: what `&` and nohup have a shell ignore, every server started here would, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
