@@ -156,21 +156,38 @@ async def operator(server: NatsServer) -> AsyncIterator[Operator]:
         yield Operator(connection)
 
 
+STORE_FAILED = 10049
+"""JetStream's error for a stream whose files cannot be made: the server still removes those of one with the same name."""
+
+
 class Operator:
     """Does to streams what operators and other programs do."""
 
     def __init__(self, connection: NatsConnection) -> None:
         self.connection = connection
 
-    async def api(self, operation: str, request: object = None) -> dict[str, Any]:
+    async def _ask(self, operation: str, request: object) -> dict[str, Any]:
         body = json.dumps(request).encode() if request is not None else b""
         answer: dict[str, Any] = json.loads((await self.connection.request(f"$JS.API.{operation}", body)).payload)
+        return answer
+
+    async def api(self, operation: str, request: object = None) -> dict[str, Any]:
+        answer = await self._ask(operation, request)
         assert "error" not in answer, answer
         return answer
 
     async def create_stream(self, **config: Any) -> dict[str, Any]:
         defaults = {"name": "DISCOVERIES", "subjects": ["discoveries.>"], "storage": "file", "allow_direct": True}
-        return await self.api(f"STREAM.CREATE.{config.get('name', 'DISCOVERIES')}", defaults | config)
+        answer: dict[str, Any] = {}
+
+        async def answered() -> bool:
+            nonlocal answer
+            answer = await self._ask(f"STREAM.CREATE.{config.get('name', 'DISCOVERIES')}", defaults | config)
+            return bool(answer.get("error", {}).get("err_code") != STORE_FAILED)
+
+        await eventually(answered, "the files of a stream that was deleted a moment ago are out of the way")
+        assert "error" not in answer, answer
+        return answer
 
     async def update_stream(self, **changes: Any) -> dict[str, Any]:
         config = (await self.api("STREAM.INFO.DISCOVERIES"))["config"]
