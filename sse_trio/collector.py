@@ -9,9 +9,9 @@ put out of the collector's sight (`gc.freeze`): one pass over what is new, none 
 out of sight stays in memory until a full collection is due: after as many departures as there are streams, but at least
 `DEPARTURES`.
 
-The C library keeps what is free between what is used, and buffers of all sizes come and go with slow clients and with
-those that read history: 2,000 of them made a process grow by half a megabyte a minute, and 200 that stopped reading
-left 15 MB behind. So some time after streams have ended it is told to give that back.
+The C library keeps what is free between what is used, and buffers of all sizes come and go with clients that read
+history: 2,000 of them made a process grow by half a megabyte a minute. So some time after streams have ended it is told
+to give that back.
 """
 
 from __future__ import annotations

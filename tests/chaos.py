@@ -296,6 +296,7 @@ backend back
     async def node_clients(self, count: int) -> None:
         program = node()
         assert program is not None, "Node is needed: tests/provision.py gets it"
+        assert node_modules().exists(), "Node's packages are needed: tests/provision.py gets them"
         heard = [self.client("eventsource", number) for number in range(count)]
         url = f"http://127.0.0.1:{self.proxy_port}/discoveries/stream?last_event_id={self.epoch}-0&agent_id=node-"
         script = self.directory / "client.cjs"
