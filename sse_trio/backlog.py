@@ -1,7 +1,7 @@
 """Older events, read from the stream for those whom memory no longer serves, and read once for all of them.
 
 Strategy: the stream is read in pages that begin at multiples of their size, so that clients on their way through the
-same past ask for the same pages. One read of a page is in flight at most; everybody who wants the page waits for it, and it
+same past ask for the same pages. One read of a page is in flight at most; everybody who wants it waits for it, and it
 is decoded and encoded once. Pages are kept for a while, bounded by bytes; full ones never change.
 
 A read belongs to the connection (it runs in the nursery given to `open`), never to the client who asked first, so a
