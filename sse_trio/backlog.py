@@ -8,14 +8,19 @@ A read belongs to the connection (it runs in the nursery given to `open`), never
 client that leaves takes nothing from the others. While the feed is away, readers wait; a read that a dying connection
 took along is made again on the next one.
 
+Few pages are read at once, and where more are wanted, a reader is followed for a while before the next one has its turn:
+it comes by those who wait further on, and from there they go together. Page by page in turn they would all stay as far
+apart as they were, and each page be read for one of them.
+
 The end of a page is what a later read goes on from, so it has to be right: see `_end`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -54,6 +59,9 @@ RETRY = 0.2
 
 READS_AT_ONCE = 4
 """Different pages that are read at the same time."""
+
+FOLLOWED = 1.0
+"""Seconds for which what follows the last page comes before what others have waited for longer."""
 
 WORK = 0.0005
 """Seconds of decoding before other tasks may run, at least."""
@@ -140,6 +148,11 @@ class _Opened:
         self.epoch = epoch
         self.nursery = nursery
         self.reads: dict[Place, _Read] = {}
+        """The pages that are wanted, those in flight among them."""
+        self.queue: dict[Place, None] = {}
+        """Those of them that wait for their turn, in the order in which they were asked for."""
+        self.running = 0
+        """How many are read now."""
         self.said: set[str] = set()
         """The reasons for which reads have failed, which the log has named."""
 
@@ -153,7 +166,6 @@ class Backlog:
         self._head = head
         self._opened: _Opened | None = None
         self._changed = trio.Event()
-        self._limit = trio.Semaphore(READS_AT_ONCE)
         self._pages: OrderedDict[Place, _Kept] = OrderedDict()
         self._size = SMALL_PAGE
         self._bytes = 0
@@ -330,20 +342,40 @@ class Backlog:
             read = opened.reads.get(place)
             if read is None:
                 read = opened.reads[place] = _Read()
-                opened.nursery.start_soon(self._run, opened, place, read)
+                opened.queue[place] = None
+                if opened.running < READS_AT_ONCE:
+                    opened.running += 1
+                    opened.nursery.start_soon(self._run, opened)
             await read.done.wait()
             if read.page is not None:
                 return read.page
             if opened is self._opened:
                 await trio.sleep(RETRY)
 
-    async def _run(self, opened: _Opened, place: Place, read: _Read) -> None:
-        """Read one page; whatever becomes of it, those who wait are woken."""
+    async def _run(self, opened: _Opened) -> None:
+        """Read pages, one after the other, for as long as some wait for their turn."""
         try:
-            async with self._limit:
-                began = time.perf_counter()
-                read.page = await self._load(opened, *place)
-                self._took((time.perf_counter() - began) / place[1])
+            last, follow_until = 0, -math.inf
+            while opened.queue:
+                now = trio.current_time()
+                place = _following(opened.queue, last) if now < follow_until else None
+                if place is None:
+                    place, follow_until = next(iter(opened.queue)), now + FOLLOWED
+                del opened.queue[place]
+                last = await self._run_one(opened, place)
+                if opened.queue:
+                    await trio.sleep(PAUSE)  # whoever this was read for asks for what follows it
+        finally:
+            opened.running -= 1
+
+    async def _run_one(self, opened: _Opened, place: Place) -> int:
+        """Read one page; whatever becomes of it, those who wait are woken. Up to where it is complete."""
+        read = opened.reads[place]
+        try:
+            began = time.perf_counter()
+            read.page = await self._load(opened, *place)
+            self._took((time.perf_counter() - began) / place[1])
+            return read.page.last
         except NatsError as error:
             if error.reason == "permissions" and opened.source.direct:
                 opened.source.direct = False
@@ -351,6 +383,7 @@ class Backlog:
             elif error.reason not in ENDS and error.reason not in opened.said:
                 opened.said.add(error.reason)
                 log.warning("stream cannot be read", reason=error.reason, detail=error.detail)
+            return place[0]
         finally:
             del opened.reads[place]
             read.done.set()
@@ -430,6 +463,11 @@ class Backlog:
     def __repr__(self) -> str:
         state = "open" if self._opened is not None else "closed"
         return f"<Backlog {state}, {len(self._pages)} pages, {self._bytes} bytes>"
+
+
+def _following(queue: Iterable[Place], last: int) -> Place | None:
+    """The page with what follows `last`, if it is in the queue."""
+    return next(((start, size) for start, size in queue if start <= last < start + size), None)
 
 
 def _frame(epoch: str, stored: Arrived) -> Frame | None:

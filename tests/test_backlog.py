@@ -67,9 +67,11 @@ class FakeStream:
         self.infos = 0
         self.gate = trio.Event()
         self.gate.set()
+        self.delay = 0.0
+        """Seconds that each answer takes."""
 
     async def _answer(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.delay)
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
@@ -191,6 +193,45 @@ async def test_a_page_that_is_there_or_on_its_way_serves_whatever_size_one_would
         backlog._took(0.0)
         await backlog.read(420)
         assert stream.reads == [1]
+
+
+async def test_readers_far_apart_come_together_and_each_page_is_read_for_all_of_them(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "CACHE_BYTES", 0)  # what was read for one who is ahead is forgotten
+    stream = FakeStream(range(1, 20_001))
+    stream.delay = 0.1
+    async with reading(stream) as (backlog, _):
+        heard = {}
+
+        async def client(after: int) -> None:
+            heard[after] = await everything(backlog, after, 20_000)
+
+        async with trio.open_nursery() as nursery:
+            for after in range(0, 20_000, 1000):
+                nursery.start_soon(client, after)
+        assert heard == {after: list(range(after + 1, 20_001)) for after in range(0, 20_000, 1000)}
+        # With turns of one page each, every page would be read anew for nearly every reader that comes by it: 420 times
+        # in all (that many, or a few less, were counted; and 116 to 208 like this).
+        assert len(stream.reads) < 300
+
+
+async def test_who_waits_has_its_turn_however_far_others_still_have_to_go(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "READS_AT_ONCE", 1)
+    stream = FakeStream(range(1, 50_001))
+    stream.delay = 0.1
+    async with reading(stream) as (backlog, _), trio.open_nursery() as nursery:
+        nursery.start_soon(everything, backlog, 10_000, 50_000)
+        nursery.start_soon(everything, backlog, 9000, 50_000)
+        await eventually(lambda: len(stream.reads) > 3, "they are on their way")
+        began, reads = trio.current_time(), len(stream.reads)
+        assert sequences(await backlog.read(0)) == list(range(1, 501))
+        # One turn of each of the two others, at most.
+        assert trio.current_time() - began <= 2 * (backlog_module.FOLLOWED + 0.2) + 0.2
+        assert len(stream.reads) - reads > 5, "who is followed is served more than a page"
+        nursery.cancel_scope.cancel()
 
 
 async def test_frames_of_a_page_are_made_once(autojump_clock: trio.testing.MockClock) -> None:
