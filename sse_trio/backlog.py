@@ -17,10 +17,9 @@ The end of a page is what a later read goes on from, so it has to be right: see 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -62,6 +61,9 @@ READS_AT_ONCE = 4
 
 FOLLOWED = 1.0
 """Seconds for which what follows the last page comes before what others have waited for longer."""
+
+ASKED_AGAIN = 0.05
+"""Seconds in which a reader has written a page and asks for what follows it, in a loop that has no time; else it is slow."""
 
 WORK = 0.0005
 """Seconds of decoding before other tasks may run, at least."""
@@ -153,6 +155,8 @@ class _Opened:
         """Those of them that wait for their turn, in the order in which they were asked for."""
         self.running = 0
         """How many are read now."""
+        self.queued = trio.Event()
+        """Set, and replaced, when another one waits."""
         self.said: set[str] = set()
         """The reasons for which reads have failed, which the log has named."""
 
@@ -343,6 +347,8 @@ class Backlog:
             if read is None:
                 read = opened.reads[place] = _Read()
                 opened.queue[place] = None
+                opened.queued.set()
+                opened.queued = trio.Event()
                 if opened.running < READS_AT_ONCE:
                     opened.running += 1
                     opened.nursery.start_soon(self._run, opened)
@@ -355,18 +361,25 @@ class Backlog:
     async def _run(self, opened: _Opened) -> None:
         """Read pages, one after the other, for as long as some wait for their turn."""
         try:
-            last, follow_until = 0, -math.inf
             while opened.queue:
-                now = trio.current_time()
-                place = _following(opened.queue, last) if now < follow_until else None
-                if place is None:
-                    place, follow_until = next(iter(opened.queue)), now + FOLLOWED
-                del opened.queue[place]
-                last = await self._run_one(opened, place)
-                if opened.queue:
-                    await trio.sleep(PAUSE)  # whoever this was read for asks for what follows it
+                follow_until = trio.current_time() + FOLLOWED
+                place: Place | None = next(iter(opened.queue))
+                while place is not None:
+                    del opened.queue[place]
+                    last = await self._run_one(opened, place)
+                    place = await self._following(opened, last, follow_until)
         finally:
             opened.running -= 1
+
+    async def _following(self, opened: _Opened, last: int, until: float) -> Place | None:
+        """The page with what follows `last`, when somebody asks for it in time; None also when nobody else waits."""
+        with trio.move_on_at(min(until, trio.current_time() + ASKED_AGAIN)):
+            while opened.queue and trio.current_time() < until:
+                for start, size in opened.queue:
+                    if start <= last < start + size:
+                        return start, size
+                await opened.queued.wait()
+        return None
 
     async def _run_one(self, opened: _Opened, place: Place) -> int:
         """Read one page; whatever becomes of it, those who wait are woken. Up to where it is complete."""
@@ -463,11 +476,6 @@ class Backlog:
     def __repr__(self) -> str:
         state = "open" if self._opened is not None else "closed"
         return f"<Backlog {state}, {len(self._pages)} pages, {self._bytes} bytes>"
-
-
-def _following(queue: Iterable[Place], last: int) -> Place | None:
-    """The page with what follows `last`, if it is in the queue."""
-    return next(((start, size) for start, size in queue if start <= last < start + size), None)
 
 
 def _frame(epoch: str, stored: Arrived) -> Frame | None:
