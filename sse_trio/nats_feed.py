@@ -245,7 +245,7 @@ class NatsFeed:
         """
         broadcaster, delivered, pending = self.broadcaster, 0, consumer.backlog
         if self._was_live or not pending:
-            self._caught_up(stream, info.last if not pending else 0)
+            self._caught_up(stream)
         while True:
             batch = await consumer.take()
             received_at = time.perf_counter()
@@ -263,12 +263,15 @@ class NatsFeed:
             if not self.status.live:
                 delivered += len(batch.messages)
                 if delivered >= consumer.backlog or not pending or batch.skipped_to or broadcaster.head >= info.last:
-                    self._caught_up(stream, info.last)
+                    self._caught_up(stream)
 
-    def _caught_up(self, stream: JetStream, head: int) -> None:
-        """All that was waiting has been published; nothing of ours is left up to `head`."""
-        if head > self.broadcaster.head:
-            self.broadcaster.publish([], head)
+    def _caught_up(self, stream: JetStream) -> None:
+        """All that was waiting, as far as this consumer knows, has been published.
+
+        The head stays where the consumer has brought it, wherever else the stream may end: a consumer of a replica that
+        lags has still to give what is in between, and a client that was put behind that would never hear it. That
+        nothing of ours is in between is told by the consumer's first heartbeat.
+        """
         self.broadcaster.go_live()
         if not self.status.live:
             self._up(stream.connection, "jetstream")

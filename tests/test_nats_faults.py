@@ -400,6 +400,36 @@ async def test_a_stream_that_is_replaced_while_the_consumer_is_made_is_noticed(
             assert replaced == [1]
 
 
+async def test_a_consumer_of_a_replica_that_lags_has_still_to_give_what_the_leader_has(
+    nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It says that nothing is waiting for it, while the leader says where the stream ends. Who resumed in between from a
+    # place before that end was taken to be there, and what came then was not for it any more.
+    caught_up = trio.Event()
+
+    class Lagging(consumer.Consumer):
+        async def take(self) -> consumer.Batch:
+            await caught_up.wait()
+            return await super().take()
+
+    consume = JetStream.consume
+
+    async def behind(self: JetStream, start: int) -> consumer.Consumer:
+        made = await consume(self, start)
+        return Lagging(made.connection, made.name, made.inbox, 0)
+
+    monkeypatch.setattr(JetStream, "consume", behind)
+    async with operator(nats) as others:
+        await others.create_stream()
+        await others.share(*range(1, 11))
+        async with running(nats, history=5) as (feed, recorder):
+            await live(feed)
+            assert recorder.head == 5, "the head is where the consumer is"
+            caught_up.set()
+            await recorder.hears(10)
+            assert recorder.sequences == [6, 7, 8, 9, 10]
+
+
 async def test_a_purge_takes_nothing_from_a_feed_that_was_up_to_date(nats: NatsServer) -> None:
     async with running(nats) as (feed, recorder), operator(nats) as others:
         await live(feed)

@@ -367,7 +367,8 @@ async def test_the_feed_is_live_when_the_backlog_is_delivered_though_the_stream_
             async with running(nats, history=history) as (feed, recorder):
                 await feed.first_attempt.wait()
                 assert recorder.numbers == heard
-                assert recorder.notices[-1] == ("live", 7)
+                assert recorder.notices[-1] == ("live", max(heard, default=4))
+                await eventually(lambda: recorder.head == 7, "a heartbeat moves the head")
 
 
 async def test_a_stream_of_which_everything_is_gone_begins_at_its_end(nats: NatsServer) -> None:
