@@ -205,6 +205,7 @@ class Backlog:
         self._changed.set()
         self._changed = trio.Event()
         if opened is not None:
+            opened.queue.clear()  # who waits asks the next one
             for read in opened.reads.values():
                 read.done.set()
 

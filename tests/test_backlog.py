@@ -128,6 +128,19 @@ async def everything(backlog: Backlog, after: int, upto: int) -> list[int]:
     return heard
 
 
+async def all_hear_all(backlog: Backlog, places: Sequence[int], upto: int) -> None:
+    """Clients at all these places read on at once, and each hears what follows its own, up to `upto`."""
+    heard = {}
+
+    async def client(after: int) -> None:
+        heard[after] = await everything(backlog, after, upto)
+
+    async with trio.open_nursery() as nursery:
+        for after in places:
+            nursery.start_soon(client, after)
+    assert heard == {after: list(range(after + 1, upto + 1)) for after in places}
+
+
 # -- a stream made of a dict -------------------------------------------------------------------------------------------
 
 
@@ -136,15 +149,7 @@ async def test_pages_begin_at_the_same_places_for_everyone_and_are_read_once(
 ) -> None:
     stream = FakeStream(range(1, 2101))
     async with reading(stream) as (backlog, _):
-        heard = {}
-
-        async def client(after: int) -> None:
-            heard[after] = await everything(backlog, after, 2100)
-
-        async with trio.open_nursery() as nursery:
-            for after in range(0, 2000, 7):
-                nursery.start_soon(client, after)
-        assert heard == {after: list(range(after + 1, 2101)) for after in range(0, 2000, 7)}
+        await all_hear_all(backlog, range(0, 2000, 7), 2100)
         assert sorted(set(stream.reads)) == [1, 501, 1001, 1501, 2001]
         # The unfinished page at the end is not kept; all others are read once.
         assert len([start for start in stream.reads if start != 2001]) == 4
@@ -202,15 +207,7 @@ async def test_readers_far_apart_come_together_and_each_page_is_read_for_all_of_
     stream = FakeStream(range(1, 20_001))
     stream.delay = 0.1
     async with reading(stream) as (backlog, _):
-        heard = {}
-
-        async def client(after: int) -> None:
-            heard[after] = await everything(backlog, after, 20_000)
-
-        async with trio.open_nursery() as nursery:
-            for after in range(0, 20_000, 1000):
-                nursery.start_soon(client, after)
-        assert heard == {after: list(range(after + 1, 20_001)) for after in range(0, 20_000, 1000)}
+        await all_hear_all(backlog, range(0, 20_000, 1000), 20_000)
         # With turns of one page each, every page would be read anew for nearly every reader that comes by it: 420 times
         # in all (that many, or a few less, were counted; and 116 to 208 like this).
         assert len(stream.reads) < 300
@@ -232,6 +229,23 @@ async def test_who_waits_has_its_turn_however_far_others_still_have_to_go(
         assert trio.current_time() - began <= 2 * (backlog_module.FOLLOWED + 0.2) + 0.2
         assert len(stream.reads) - reads > 5, "who is followed is served more than a page"
         nursery.cancel_scope.cancel()
+
+
+async def test_what_waits_for_its_turn_when_reading_is_closed_is_not_read_for_nobody(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "READS_AT_ONCE", 1)
+    stream, other = FakeStream(range(1, 5001)), FakeStream(range(1, 5001))
+    stream.gate = trio.Event()
+    other.delay = 0.1
+    async with reading(stream) as (backlog, nursery), trio.open_nursery() as readers:
+        for after in (0, 1000, 2000):
+            readers.start_soon(everything, backlog, after, 5000)
+        await trio.testing.wait_all_tasks_blocked()
+        backlog.open(other, "e", nursery)
+        stream.gate.set()
+    assert len(stream.reads) == 1
+    assert len(other.reads) >= 10
 
 
 async def test_frames_of_a_page_are_made_once(autojump_clock: trio.testing.MockClock) -> None:
