@@ -5,9 +5,10 @@ are compared with the numbers that must follow, and only what differs is looked 
 opened again when its `retry:` says so, with the last id as `Last-Event-ID`. So every client has books of its own: what
 was lost, doubled or out of order is known by the event.
 
-Commands come as lines on stdin: `fast` (read what comes, whatever the pace was), `books` (say them now, and forget the
-latencies), `until N` (say them when every client has got to N, and end). Each answer is one line of JSON; the first line
-comes by itself when all clients are connected.
+Commands come as lines on stdin: `go CURSOR` (connect, where that was held back), `fast` (read what comes, whatever the
+pace was), `books` (say them now, and forget the latencies), `live` (say them when every client is live), `until N` (say them
+when every client has got to N, and end). Each answer is one line of JSON; the first line comes by itself when all
+clients are connected.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class Crowd:
         self.readers = [Reader(options.cursor) for _ in range(options.clients)]
         self.latencies: list[int] = []
         self.paced = options.pace is not None
+        self.held = options.hold
+        self.asked_live = False
         self.until: int | None = None
         self.by_fd: dict[int, Reader] = {}
         self.epoll = select.epoll()
@@ -212,11 +215,17 @@ class Crowd:
 
     def command(self, line: bytes) -> None:
         match line.split():
+            case [b"go", cursor]:
+                self.held = False
+                for reader in self.readers:
+                    reader.cursor = cursor.decode()
             case [b"fast"]:
                 if self.paced:
                     self.paced = False
                     for fd in self.by_fd:
                         self.epoll.register(fd, select.EPOLLIN)
+            case [b"live"]:
+                self.asked_live = True
             case [b"until", number]:
                 self.until = int(number)
             case _:
@@ -252,12 +261,15 @@ class Crowd:
             now = time.monotonic()
             missing = False
             for number, reader in enumerate(self.readers):
-                if reader.socket is None:
+                if reader.socket is None and not self.held:
                     missing = True
                     if now >= reader.again_at:
                         self.connect(number, reader)
             if not self.said_ready and all(reader.connected for reader in self.readers):
                 self.said_ready = True
+                self.say()
+            if self.asked_live and all(reader.live_at is not None for reader in self.readers):
+                self.asked_live = False
                 self.say()
             if self.until is not None and all(reader.last >= self.until for reader in self.readers):
                 self.say()
@@ -290,6 +302,7 @@ def arguments(given: list[str] | None = None) -> Any:
     parser.add_argument("--rcvbuf", type=int, help="SO_RCVBUF")
     parser.add_argument("--pace", type=int, help="bytes to read at a time; 0: read nothing once connected")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two such reads")
+    parser.add_argument("--hold", action="store_true", help="connect when told to, with the cursor that is told")
     parser.add_argument("--filtered", action="store_true", help="what is not for them is not missed")
     parser.add_argument("--latencies", action="store_true", help="take the time of every event")
     return parser.parse_args(given)
