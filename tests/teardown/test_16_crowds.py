@@ -127,7 +127,9 @@ async def idle_out(server: House) -> None:
 
 
 async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(server: House) -> None:
-    await minute(server, 0)  # what the process needs once, it has then
+    # The first crowd leaves room behind: Python's allocator gives memory back only where a whole megabyte is free. The
+    # second finds that room, and leaves nothing.
+    await minute(server, STALLED)
     worker = await server.worker()
     before, kernel_before, files_before = resident(worker), kernel_memory(), await server.settled()
     alone = await minute(server, 0)
@@ -149,7 +151,7 @@ async def test_healthy_readers_among_stalled_ones_lose_nothing_and_are_not_late(
         kernel_held_for_stalled_mb=among.held_mb,
     )
     assert among.held_mb > STALLED * 0.01, "those who stalled had filled their buffers"
-    assert after - before < 20, f"{before:.0f} MB before, {after:.0f} MB after"
+    assert after - before < 5, f"{before:.0f} MB before, {after:.0f} MB after"
     if FULL:  # alone on a quiet machine: the kernel's sum is everybody's, and lateness has many reasons
         assert kernel_after - kernel_before < 5, f"{kernel_before:.0f} MB before, {kernel_after:.0f} MB after"
         without = max(alone.percentile(0.99), again.percentile(0.99))
