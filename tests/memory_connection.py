@@ -1,8 +1,7 @@
 """A client's connection without a socket: the peer's window is a number, and reading opens it.
 
 It keeps the promises that `Connection` makes (one writer, a rest that goes first, no waiting in `write_now`), so that
-streams can be watched under the mock clock; `test_memory_connection_keeps_the_contract` in test_connection_contract.py
-holds it and the real one to the same list.
+streams can be watched under the mock clock; test_connection_contract.py holds it and the real one to the same list.
 """
 
 from __future__ import annotations
