@@ -234,7 +234,7 @@ class Crowd:
     def say(self) -> None:
         latencies = sorted(self.latencies)
         self.latencies = []
-        live = [reader.live_at for reader in self.readers]
+        live = [reader.live_at for reader in self.readers if reader.live_at is not None]
         answer: dict[str, Any] = {
             name: sum(getattr(reader.books, name) for reader in self.readers) for name in Books.__dataclass_fields__
         }
@@ -243,8 +243,7 @@ class Crowd:
             "connected": sum(reader.connected for reader in self.readers),
             "reached": min(reader.last for reader in self.readers),
             "cursor": self.readers[0].cursor,
-            "waiting": live.count(None),
-            "live_at": max((at for at in live if at is not None), default=None),
+            "live_at": max(live, default=None),
             "seconds": time.monotonic() - self.began,
             "latencies": len(latencies),
         }
