@@ -17,12 +17,14 @@ Read it from the bottom; a module imports only from lower layers (tests/test_lay
        access, metrics, collector       who may do what; what is counted; the garbage collector
     2  broadcaster                      who is listening
     1  history, audience, client        the recent frames; who hears the same of them; one client's queue
+       row                              clients that have nothing outstanding, served together
        rounds                           what NATS brings, decoded in rounds
        nats_connection, nats_client     one crash-only connection to NATS
        tokens, jwks, limits, logs       tokens and their keys; how many at once; logging
     0  settings, discovery, sse,        values and wire formats
        subjects, addresses,
        nats_protocol, deadline          … and a stream whose writes have a deadline
+       bulk_write                       the same bytes to many sockets, with one system call
 
 `testing` stands beside them: the teardown harness, for other projects too, imports trio only.
 """

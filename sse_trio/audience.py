@@ -2,21 +2,36 @@
 
 Strategy: clients with equal filters are one audience. A round is filtered, joined and counted once for all of them, so
 neither filters nor books cost anything for each client on the live path; a client enters into its own books what has
-passed its audience when it leaves that path, or is asked (`Client.account`).
+passed its audience when it leaves that path, or is asked (`Client.account`). Those of a crowd that are parked sit in rows
+(`row`) and are written to together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sse_trio.history import Batch, Frame, events_among
+from sse_trio.row import Guest, Row
 from sse_trio.subjects import matches
 
 __all__ = ["EVERYTHING", "Audience", "Books", "Filter", "Passed"]
 
-Member = TypeVar("Member")
+CROWD = 16
+"""From so many clients on an audience has rows: a row costs memory, and a few are written to as fast one by one."""
+
+
+class Visitor(Guest, Protocol):
+    """What an audience asks of a client besides."""
+
+    def sit(self, row: Row) -> None: ...
+
+    @property
+    def may_sit(self) -> bool: ...
+
+
+Member = TypeVar("Member", bound=Visitor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +132,16 @@ class Books(NamedTuple):
 class Audience(Generic[Member]):
     """The clients with one filter, and what has passed them together."""
 
-    __slots__ = ("_round", "clients", "events", "filter", "filtered", "heard", "last")
+    __slots__ = ("_has_rows", "_round", "_rows", "events", "filter", "filtered", "heard", "last", "size", "standing")
 
-    def __init__(self, filter: Filter) -> None:
+    def __init__(self, filter: Filter, *, has_rows: bool = False) -> None:
         self.filter = filter
-        self.clients: dict[Member, None] = {}
+        self._has_rows = has_rows
+        self.size = 0
+        """Its clients."""
+        self._rows: list[Row] = []
+        self.standing: dict[Member, None] = {}
+        """Those who do not sit in a row."""
         self.events = self.heard = self.filtered = 0
         self.last = 0
         """The last frame of the latest round for it: a live client that is not there yet has still to be served."""
@@ -140,6 +160,29 @@ class Audience(Generic[Member]):
             return None
         self.last = heard[-1].sequence
         return Batch(heard, self.filter.full, frames, given)
+
+    def enter(self, client: Member) -> None:
+        self.size += 1
+        self.standing[client] = None
+
+    def leave(self, client: Member) -> None:
+        """A client that does not sit in a row goes."""
+        self.size -= 1
+        del self.standing[client]
+
+    def seat(self, now: float) -> list[Row]:
+        """Have those sit who may, if they are a crowd; all rows. Only between two rounds."""
+        self._rows = [row for row in self._rows if row.guests]
+        if self._has_rows and self.size >= CROWD:
+            free = [row for row in self._rows if not row.is_full]
+            for client in [client for client in self.standing if client.may_sit]:
+                if not free:
+                    free.append(Row(now))
+                    self._rows += free
+                client.sit(free[-1])
+                if free[-1].is_full:
+                    free.pop()
+        return self._rows
 
     @property
     def passed(self) -> Passed:

@@ -2,7 +2,8 @@
 
 Strategy: `publish` is one synchronous step: the events go into history, the head moves, and a round begins in which
 every live client is offered what its audience (the clients with its filter) shall hear, joined once per audience.
-A round over thousands of sockets takes longer than the event loop may stand still, so it is served in slices: the feed
+A round over thousands of sockets takes longer than the event loop may stand still, so it is served in slices, each a row
+of clients that sit together (`row`) or as many that do not: the feed
 calls `deliver` until it says False, and lets others run in between. A round is always finished before the next begins.
 
 Why nothing is lost or doubled: a client joins with its place fixed at the head (or at its cursor) in one block without
@@ -14,18 +15,20 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
 
 import trio
 
 from sse_trio import sse
 from sse_trio.audience import EVERYTHING, Audience, Books, Filter, Passed
+from sse_trio.bulk_write import BulkWrite
 from sse_trio.client import Client
 from sse_trio.discovery import Discovery
 from sse_trio.history import Batch, Frame, History, event_id, events_among, parse_event_id
+from sse_trio.row import SEATS
 from sse_trio.settings import Settings
 
 __all__ = ["Broadcaster", "Event", "Latency"]
@@ -33,8 +36,11 @@ __all__ = ["Broadcaster", "Event", "Latency"]
 Event = tuple[int, str, Discovery]
 """Sequence, NATS subject, discovery."""
 
-SLICE = 100
+SLICE = SEATS
 """Clients that are served before others may run: about a millisecond of writes."""
+
+Slice = Callable[[float], int]
+"""A part of a round, to be called with the time; it returns the number of events that went into sockets."""
 
 
 class Latency:
@@ -75,10 +81,12 @@ class Broadcaster:
         """What was counted of clients that have left; `/metrics` adds those who are here."""
         self._past_books = Books()
         self._audiences: dict[Filter, Audience[Client]] = {}
-        self._round: Iterator[tuple[Client, Batch]] = iter(())
+        self._round: deque[Slice] = deque()
+        """What is left of it: the rows, slices of those who do not sit in one, and rows to be looked at."""
         self._received_at = 0.0
         self._settled = 0
         self._waiting_for_head: set[Client] = set()
+        self._has_rows = settings.direct_writes == "together" and BulkWrite.works()
 
     # -- the feed's side: synchronous, never raises because of a client ----------------------------------------------
 
@@ -169,36 +177,39 @@ class Broadcaster:
         for frame in frames:
             self.history.append(frame)
         self._received_at = received_at
-        self._round = self._pairs(self._batches(frames)) if self.live else iter(())
-
-    def _batches(self, frames: list[Frame]) -> list[tuple[Batch, tuple[Client, ...]]]:
-        """What each audience shall hear, and who is in it now; a client that comes later is at the head already."""
+        if not self.live:
+            return
+        now = trio.current_time()
         events = events_among(frames)
-        batches = []
+        standing: list[tuple[Client, Batch]] = []
+        looks: list[Slice] = []
         for audience in self._audiences.values():
             batch = audience.begin(frames, events)
-            if batch is not None:
-                batches.append((batch, tuple(audience.clients)))
-        return batches
+            if batch is None:
+                continue
+            for row in audience.seat(now):
+                self._round.append(row.owe(batch))
+                if row.is_due(now):
+                    looks.append(row.look)
+            # Who is here now: a client that comes later is at the head already.
+            standing += [(client, batch) for client in audience.standing]
+        for start in range(0, len(standing), SLICE):
+            self._round.append(partial(self._offer, standing[start : start + SLICE]))
+        self._round += looks
 
     @staticmethod
-    def _pairs(batches: list[tuple[Batch, tuple[Client, ...]]]) -> Iterator[tuple[Client, Batch]]:
-        for batch, clients in batches:
-            for client in clients:
-                yield client, batch
+    def _offer(pairs: list[tuple[Client, Batch]], now: float) -> int:
+        return sum([client.offer(batch, now) for client, batch in pairs])
 
     def deliver(self) -> bool:
         """Serve the next slice of the round; whether some clients still wait for theirs."""
         if self._waiting_for_head:
             self._wake_those_ahead()
-        now = trio.current_time()
-        served = written = 0
-        for client, batch in islice(self._round, SLICE):
-            served += 1
-            written += client.offer(batch, now)
-        if written and self._received_at:
-            self.latency.observe(time.perf_counter() - self._received_at, written)
-        if served == SLICE:
+        if self._round:
+            written = self._round.popleft()(trio.current_time())
+            if written and self._received_at:
+                self.latency.observe(time.perf_counter() - self._received_at, written)
+        if self._round:
             return True
         self._settled = self.head
         return False
@@ -236,14 +247,14 @@ class Broadcaster:
         """
         audience = self._audiences.get(filter)
         if audience is None:
-            audience = self._audiences[filter] = Audience(filter)
+            audience = self._audiences[filter] = Audience(filter, has_rows=self._has_rows)
         client = Client(
             agent_id, audience, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
         )
         client.lagging_on_history = self.durable or self.settings.history > 0
         client.wrote_at = trio.current_time()
         client.cursor = cursor
-        audience.clients[client] = None
+        audience.enter(client)
         self.clients[client.id] = client
         self.connects += 1
         if self.live:
@@ -260,10 +271,10 @@ class Broadcaster:
         finally:
             self._waiting_for_head.discard(client)
             del self.clients[client.id]
-            del audience.clients[client]
-            if not audience.clients:
-                del self._audiences[filter]
             client.close()
+            audience.leave(client)
+            if not audience.size:
+                del self._audiences[filter]
             books = client.books()
             self._past_books = _sum(self._past_books, books._replace(waiting=0, undelivered=books.waiting))
             self.past["bytes"] += client.bytes

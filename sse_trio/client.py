@@ -5,6 +5,7 @@ writes it. Three rules make the hand-over safe without a lock:
 
 * The publisher may write to the socket itself only while the task is parked, and a parked task has nothing
   outstanding: `offer` then hands the batch to its `writer`, and what the kernel does not take goes through the channel.
+  In a crowd the client sits in a `row` meanwhile, which does this for many at once; it stands up before its task runs.
 * A client is `live` while everything published is offered to it. When its channel is full it either leaves the live
   path (history holds what follows; its task reads on from there and rejoins) or, without history, drops by policy.
 * Whatever was dropped is told at its place: `take` puts the gap before what is kept (drop-oldest) or after it
@@ -15,39 +16,23 @@ What passes a client is in its `Books`; see `audience` for who counts it.
 
 from __future__ import annotations
 
+import errno
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Protocol
 
 import trio
 
 from sse_trio import sse
 from sse_trio.audience import Audience, Books, Passed
 from sse_trio.history import Batch, Frame, events_among
+from sse_trio.row import NOTHING, Row, Writer
 from sse_trio.settings import Overflow
 
-__all__ = ["Client", "Writer"]
+__all__ = ["Client"]
 
 TAKE_BYTES = 256 * 1024
 """What one write joins at most: more would hold memory for a peer that may not read it."""
-
-
-class Writer(Protocol):
-    """What a client's socket can do for the publisher while the client's task is parked."""
-
-    def write_now(self, batch: Batch) -> bool:
-        """Write without waiting. True: the batch is taken, whole or with a rest that is kept; False: none of it.
-
-        Raises:
-            OSError, trio.BrokenResourceError: the peer is gone.
-        """
-        ...
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether the last batch was cut and its rest must be written before anything else."""
-        ...
 
 
 class Client:
@@ -55,6 +40,7 @@ class Client:
 
     __slots__ = (
         "_pending",
+        "_settled",
         "accounted",
         "address",
         "agent_id",
@@ -83,6 +69,8 @@ class Client:
         "position",
         "receive_channel",
         "resumed",
+        "row",
+        "seat",
         "send_channel",
         "sent",
         "told",
@@ -127,6 +115,10 @@ class Client:
         self.writer: Writer | None = None
         """How the publisher writes to the parked client's socket; None: only through the channel."""
         self.wrote_at = 0.0
+        self.row: Row | None = None
+        """Where it sits; what the row was given since it settled is not in its place and its counters yet."""
+        self.seat = 0
+        self._settled = NOTHING
         self._pending: Frame | None = None
 
         self.sent = 0
@@ -155,19 +147,25 @@ class Client:
                 self.disconnect()
                 return 0
             if taken:
-                self.position = self.told = batch.last
-                self.sent += batch.events
-                self.bytes += batch.size
-                self.wrote_at = now
-                if self.writer.has_rest:
-                    self.wake()
+                self._took(batch, now)
                 return batch.events
+        self._queue_all(batch)
+        return 0
+
+    def _took(self, batch: Batch, now: float) -> None:
+        self.position = self.told = batch.last
+        self.sent += batch.events
+        self.bytes += batch.size
+        self.wrote_at = now
+        if self.writer is not None and self.writer.has_rest:
+            self.wake()
+
+    def _queue_all(self, batch: Batch) -> None:
         for frame in batch.frames:
             if not self._queue(frame):
                 self._stop_before(frame, batch)
-                return 0
+                return
         self.position = batch.last
-        return 0
 
     def _queue(self, frame: Frame) -> bool:
         """Queue a frame or drop one by policy; False when the queue is full, and neither is to be done."""
@@ -208,6 +206,71 @@ class Client:
         if not self.lagging_on_history:
             self.end("overflow")
 
+    # -- in a row: see there -----------------------------------------------------------------------------------------
+
+    @property
+    def may_sit(self) -> bool:
+        """Whether it has nothing to do, nothing outstanding, and a socket that might be lent."""
+        return self.live and self.parked and self.writer is not None
+
+    def sit(self, row: Row) -> None:
+        """Take a seat in the row, if the connection lends its socket."""
+        assert self.writer is not None
+        descriptor = self.writer.lend(self.disconnect)
+        if descriptor is not None:
+            del self.audience.standing[self]
+            self.row = row
+            self._settled = row.given
+            row.admit(self, descriptor)
+
+    def settle(self) -> None:
+        """Make its own what the row has been given since the last time."""
+        row = self.row
+        if row is None or row.given is self._settled:
+            return
+        since, self._settled = self._settled, row.given
+        self.sent += row.given.events - since.events
+        self.bytes += row.given.size - since.size
+        self.position = self.told = row.last
+        self.wrote_at = row.wrote_at
+        assert self.writer is not None
+        self.writer.wrote(row.given.wire - since.wire)
+
+    def stand_up(self) -> Batch | None:
+        """Leave the row, if it sits in one; what the round still has for that, and so for this client."""
+        row = self.row
+        if row is None:
+            return None
+        self.settle()
+        assert self.writer is not None
+        self.writer.reclaim()
+        row.dismiss(self)
+        self.row = None
+        self.audience.standing[self] = None
+        return row.owed
+
+    def fell_short(self, batch: Batch, taken: int, now: float) -> int:
+        """It took so much of a batch that its row was given, or none for that errno (< 0); the events that it has."""
+        if taken in (0, -errno.EAGAIN):
+            self._queue_all(batch)
+            return 0
+        if taken < 0:
+            self.disconnect()
+            return 0
+        assert self.writer is not None
+        self.writer.wrote_part(batch, taken)
+        self._took(batch, now)
+        return batch.events
+
+    def look(self) -> None:
+        """See whether what the row was given arrives."""
+        self.settle()
+        assert self.writer is not None
+        try:
+            self.writer.look()
+        except (OSError, trio.BrokenResourceError):
+            self.disconnect()
+
     # -- its books ---------------------------------------------------------------------------------------------------
 
     def account(self, upto: Passed) -> int:
@@ -238,6 +301,7 @@ class Client:
 
     def books(self) -> Books:
         """What has become of the events that passed it."""
+        self.settle()
         if self.live:
             self._account_live()
         return Books(self.offered, self.sent, self.dropped, self.filtered, self.waiting)
@@ -252,14 +316,16 @@ class Client:
     def leave(self) -> None:
         """Step off the live path, if it is there."""
         if self.live:
+            self.stand_up()
             self._account_live()
             self.live = False
 
     def wake(self) -> None:
         """Let the task look at its state again. One that neither is parked nor asks for something does so by itself."""
         if self.parked:
-            self.parked = False
-            self.send_channel.send_nowait(None)
+            self._unpark()
+            if not self.queued:
+                self.send_channel.send_nowait(None)
         elif self.asking is not None:
             self.asking.cancel()
 
@@ -289,7 +355,12 @@ class Client:
         try:
             self._pending = await self.receive_channel.receive()
         finally:
-            self.parked = False
+            self._unpark()
+
+    def _unpark(self) -> None:
+        self.parked = False
+        if (owed := self.stand_up()) is not None:
+            self._queue_all(owed)
 
     def take(self) -> tuple[bytes, int, Frame | None]:
         """What was queued, joined, with the gap where frames are missing; how many events; the last frame.

@@ -159,6 +159,36 @@ class Connection:
         """
         return False
 
+    # -- a socket that is lent: others write to it, many at once ----------------------------------------------
+
+    def lend(self, closing: Callable[[], None]) -> int | None:
+        """The descriptor of the socket below, while `can_write_now`; None where there is none to lend.
+
+        Others may then write `framed` batches to it, whole or cut, and must say so before anything else is written:
+        `wrote`, `wrote_part`. `closing` is called before it is closed.
+        """
+        return None
+
+    def reclaim(self) -> None:
+        """It is lent no more."""
+
+    def framed(self, batch: Writable) -> bytes:
+        """The batch as it goes into a socket that is lent."""
+        return batch.payload
+
+    def wrote(self, size: int) -> None:
+        """Others have written so many bytes to the socket, in whole batches."""
+
+    def wrote_part(self, batch: Writable, size: int) -> None:
+        """Others have written the first `size` bytes of a framed batch, and what follows is the rest."""
+
+    def look(self) -> None:
+        """See whether what was written arrives.
+
+        Raises:
+            PeerGone: it has not for the timeout, and the peer was cut off.
+        """
+
     # -- the peer --------------------------------------------------------------------------------------------
 
     @property

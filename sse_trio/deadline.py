@@ -124,6 +124,7 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         "_sending",
         "_watched",
         "_written",
+        "closing",
         "held",
         "stalled",
         "stream",
@@ -135,6 +136,8 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         self.stalled = False
         self.held: bytearray | None = None
         """Where it is not None, what is sent collects here, for the holder to write."""
+        self.closing: Callable[[], None] | None = None
+        """Called before the socket is closed: somebody else may be writing to it, by its number."""
         self._sending = False
         self._eof = False
         self._written = 0
@@ -165,8 +168,15 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
                 milliseconds = math.ceil(self.timeout * 1000) if watched else 0
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
+    def look(self) -> None:
+        """See whether earlier writes arrive.
+
+        Raises:
+            trio.BrokenResourceError: nothing of them has for the timeout; the peer was cut off.
+        """
+        self._look(trio.current_time())
+
     def _look(self, now: float) -> None:
-        """See whether earlier writes arrive."""
         self._look_at = now + self.timeout / 4
         acked = self._written - (self.unsent() or 0)
         if acked > self._acked or acked == self._written:
@@ -205,10 +215,14 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
             return 0
         except OSError as error:
             raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
+        self.count(sent)
+        return sent
+
+    def count(self, sent: int) -> None:
+        """The kernel took so many bytes, from whom ever."""
         self._written += sent
         if self._watched and self._written - self._acked > SMALL:
             self._watch(False)
-        return sent
 
     async def send_some(self, data: bytes | bytearray | memoryview) -> int:
         """The number of bytes of `data`, at least one, that the kernel took, waiting for room.
@@ -274,14 +288,21 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         self._eof = True
+        self._tell_of_closing()
         await self.stream.send_eof()
 
     async def aclose(self) -> None:
+        self._tell_of_closing()
         await self.stream.aclose()
 
     def abort(self) -> None:
         """Close at once, with an RST: what the kernel still held for the peer is dropped, and it learns of
         it."""
+        self._tell_of_closing()
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
+
+    def _tell_of_closing(self) -> None:
+        if self.closing is not None:
+            self.closing()

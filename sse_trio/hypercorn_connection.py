@@ -11,7 +11,7 @@ protocols count as sent, and cuts its own cleaning up. The shield is bounded, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -94,8 +94,11 @@ class _HypercornConnection(Connection):
             await self._send(message)
         if self._http.closed and message.get("more_body", True):
             # Hypercorn does not say so: it drops what is sent to a peer that is gone.
-            self.stalled = self._transport.stalled
-            raise PeerGone("the peer is gone")
+            raise self._gone()
+
+    def _gone(self) -> PeerGone:
+        self.stalled = self._transport.stalled
+        return PeerGone("the peer is gone")
 
     async def run(self, respond: Respond, receive: ASGIReceiveCallable) -> None:
         """Run a response of ours, without a task that waits for the peer's leaving: Hypercorn's reader cancels it."""
@@ -126,8 +129,7 @@ class _HypercornConnection(Connection):
         try:
             await self._transport.wait_writable()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.stalled = self._transport.stalled
-            raise PeerGone("the peer is gone") from error
+            raise self._gone() from error
 
     def unsent(self) -> int | None:
         return self._transport.unsent()
@@ -180,8 +182,7 @@ class _H11Connection(_HypercornConnection):
         try:
             await (self._write_to_socket() if self._tls is None else self._write_into(self._tls))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.stalled = self._transport.stalled
-            raise PeerGone("the peer is gone") from error
+            raise self._gone() from error
 
     async def _write_to_socket(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -210,20 +211,41 @@ class _H11Connection(_HypercornConnection):
         return self._chunked and self._tls is None and self._rest is None
 
     def write_now(self, batch: Writable) -> bool:
-        data = batch.chunk
-        if data is None:
-            data = batch.chunk = chunk(batch.payload)
+        data = self.framed(batch)
         try:
             sent = self._transport.send_now(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.stalled = self._transport.stalled
-            raise PeerGone("the peer is gone") from error
-        if sent == len(data):
-            return True
-        if sent == 0:
-            return False
-        self._keep(data, sent)
-        return True
+            raise self._gone() from error
+        if sent:
+            self._keep(data, sent)
+        return sent > 0
+
+    def lend(self, closing: Callable[[], None]) -> int | None:
+        if not self.can_write_now or (descriptor := self._transport.socket.fileno()) < 0:
+            return None
+        self._transport.closing = closing
+        return descriptor
+
+    def reclaim(self) -> None:
+        self._transport.closing = None
+
+    def framed(self, batch: Writable) -> bytes:
+        if batch.chunk is None:
+            batch.chunk = chunk(batch.payload)
+        return batch.chunk
+
+    def wrote(self, size: int) -> None:
+        self._transport.count(size)
+
+    def wrote_part(self, batch: Writable, size: int) -> None:
+        self._transport.count(size)
+        self._keep(self.framed(batch), size)
+
+    def look(self) -> None:
+        try:
+            self._transport.look()
+        except trio.BrokenResourceError as error:
+            raise self._gone() from error
 
     @property
     def spoke_early(self) -> bool:

@@ -187,6 +187,8 @@ def create_blueprint(services: Services) -> Blueprint:
     async def clients() -> Response:
         await require_admin()
         epoch = broadcaster.epoch
+        for client in broadcaster.clients.values():
+            client.settle()
         listed = [
             {
                 "client_id": client.id,

@@ -146,6 +146,8 @@ class Settings(BaseSettings):
     drain_window: float = _variable("SSE_DRAIN_WINDOW", 5.0, ge=0, le=MAX_SECONDS)
     drain_delay: float = _variable("SSE_DRAIN_DELAY", 0.0, ge=0, le=MAX_SECONDS)
 
+    direct_writes: Literal["together", "single", "off"] = _variable("SSE_DIRECT_WRITES", "together")
+
     max_connections: int = _variable("SSE_MAX_CONNECTIONS", 10000, ge=0)
     max_connections_per_ip: int = _variable("SSE_MAX_CONNECTIONS_PER_IP", 0, ge=0)
     max_connections_per_subject: int = _variable("SSE_MAX_CONNECTIONS_PER_SUBJECT", 0, ge=0)

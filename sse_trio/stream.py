@@ -209,7 +209,7 @@ class EventStream(ConnectionResponse):
         self.filter = client.filter
         await connection.write(first)
         client.wrote_at = trio.current_time()
-        if connection.can_write_now:
+        if connection.can_write_now and self.settings.direct_writes != "off":
             client.writer = connection
 
         while not client.gone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,11 +10,18 @@ from pathlib import Path
 import pytest
 from support import NatsServer, nats_server
 
+from sse_trio.settings import Settings
+
 
 def pytest_configure() -> None:
     """Hear signals as at a terminal: what `&` and nohup have a shell ignore, every server started here would, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # `SSE_DIRECT_WRITES=off make test` (or single): the whole suite without what it switches off. Servers that tests start
+    # read it by themselves.
+    if direct_writes := os.environ.get("SSE_DIRECT_WRITES"):
+        Settings.model_fields["direct_writes"].default = direct_writes
+        Settings.model_rebuild(force=True)
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ streams can be watched under the mock clock; test_connection_contract.py holds i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, cast
 
 import trio
@@ -108,3 +110,34 @@ class MemoryConnection(Connection):
 
     def abort(self) -> None:
         self.hang_up()
+
+
+class LentConnection(MemoryConnection):
+    """One whose client may sit in a row: what is written to the socket that it lends is `in_flight`, too."""
+
+    __slots__ = ("_before", "_ours", "_theirs")
+
+    def __init__(self, **options: Any) -> None:
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self._theirs.setblocking(False)
+        super().__init__(**options)
+
+    @property
+    def in_flight(self) -> bytes:
+        with suppress(BlockingIOError):
+            while data := self._theirs.recv(1 << 20):
+                self._before += data
+        return self._before
+
+    @in_flight.setter
+    def in_flight(self, data: bytes) -> None:
+        self._before = data
+
+    def lend(self, closing: Callable[[], None]) -> int | None:
+        # A window is counted here, and the kernel would not.
+        return self._ours.fileno() if self.can_write_now and self.window == float("inf") and not self.broken else None
+
+    def release(self) -> None:
+        self._ours.close()
+        self._theirs.close()

@@ -6,6 +6,7 @@ client; that the real one keeps the same promises is shown in test_connection.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,7 +69,9 @@ def check_books(broadcaster: Broadcaster) -> Books:
 
 
 class Socket:
-    """A parked client's connection: takes `room` batches, cuts the next one, or is broken."""
+    """A parked client's connection: takes `room` batches, cuts the next one, or is broken. It has nothing to lend."""
+
+    timeout = 10.0
 
     def __init__(self, room: int = 1000, *, cuts: bool = False, broken: bool = False) -> None:
         self.room = room
@@ -86,6 +89,20 @@ class Socket:
             self.has_rest = True
         self.written.append(batch)
         return True
+
+    def lend(self, closing: Callable[[], None]) -> int | None:
+        return None
+
+    def reclaim(self) -> None: ...
+
+    def framed(self, batch: Batch) -> bytes:
+        return batch.payload
+
+    def wrote(self, size: int) -> None: ...
+
+    def wrote_part(self, batch: Batch, size: int) -> None: ...
+
+    def look(self) -> None: ...
 
 
 async def test_a_client_is_in_the_registry_exactly_while_the_block_runs() -> None:

@@ -6,17 +6,18 @@ Each test publishes into a real broadcaster and watches what the peer of a `Memo
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import trio
-from memory_connection import MemoryConnection
+from memory_connection import LentConnection, MemoryConnection
 from test_broadcaster import event, live_broadcaster, publish
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from sse_trio import audience
 from sse_trio.access import AtCapacity
 from sse_trio.audience import Filter
 from sse_trio.broadcaster import Broadcaster
@@ -49,10 +50,14 @@ def names(connection: MemoryConnection) -> list[str]:
     return [event.event for event in connection.events]
 
 
-@pytest.fixture(params=[True, False], ids=["write-first", "through-the-channel"])
-def connection(request: pytest.FixtureRequest) -> MemoryConnection:
-    """With write-first and without: the same frames."""
-    return MemoryConnection(direct=request.param)
+@pytest.fixture(params=["write-first", "in-a-row", "through-the-channel"])
+def connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryConnection]:
+    """With write-first, alone and in a row, and without: the same frames."""
+    connection = LentConnection() if request.param == "in-a-row" else MemoryConnection()
+    connection.direct = request.param != "through-the-channel"
+    monkeypatch.setattr(audience, "CROWD", 1 if request.param == "in-a-row" else 10_000)
+    yield connection
+    connection.release()
 
 
 async def test_the_head_and_connected_come_at_once(connection: MemoryConnection, autojump_clock: MockClock) -> None:

@@ -97,7 +97,7 @@ def register(hub: Broadcaster, agent_id: str, filter: Filter) -> Client:
     """What `Broadcaster.subscribe` does on entry."""
     audience = hub._audiences.setdefault(filter, Audience(filter))
     client = Client(agent_id, audience, capacity=hub.settings.buffer, overflow=hub.settings.overflow)
-    audience.clients[client] = None
+    audience.enter(client)
     hub.clients[client.id] = client
     hub.connects += 1
     client.told = client.position = hub.head
@@ -109,10 +109,10 @@ def unregister(hub: Broadcaster, client: Client) -> None:
     """What it does on exit."""
     del hub.clients[client.id]
     audience = hub._audiences[client.filter]
-    del audience.clients[client]
-    if not audience.clients:
-        del hub._audiences[client.filter]
     client.close()
+    audience.leave(client)
+    if not audience.size:
+        del hub._audiences[client.filter]
 
 
 class PutRight(Broadcaster):

@@ -9,7 +9,9 @@ as its slowest reader, and a cancelled reader takes the publisher's await along.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
+from itertools import islice
 
 import pytest
 import trio
@@ -169,22 +171,26 @@ async def test_publishing_is_no_place_where_anything_else_could_run(autojump_clo
 class OverTheLivingRegistry(Broadcaster):
     """Iterates over the clients themselves, not over a copy: "dictionary changed size during iteration"."""
 
-    def _batches(self, frames: list[Frame]) -> list[tuple[Batch, tuple[Client, ...]]]:
-        batches = super()._batches(frames)
-        living = [audience.clients for audience in self._audiences.values()]
-        return list(zip((batch for batch, _ in batches), living, strict=True))  # type: ignore[arg-type]
+    def _begin_round(self, frames: list[Frame], received_at: float) -> None:
+        super()._begin_round(frames, received_at)
+        batch = Batch(frames, False, frames, len(frames))
+        living = (client for audience in self._audiences.values() for client in audience.standing)
+
+        def offer(now: float) -> int:
+            return sum(client.offer(batch, now) for client in islice(living, 1))
+
+        self._round = deque(offer for _ in self._round)
 
 
 class ClosesFirst(Broadcaster):
     """Serves a round to those who were there when it began, without asking whether they still are."""
 
-    def deliver(self) -> bool:
-        for client, batch in self._round:
+    @staticmethod
+    def _offer(pairs: list[tuple[Client, Batch]], now: float) -> int:
+        for client, batch in pairs:
             for frame in batch.frames:
                 client.send_channel.send_nowait(frame)
-            return True
-        self._settled = self.head
-        return False
+        return 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,319 @@
+"""Clients that are written to together: each hears and counts as if it were alone, whatever happens to the others.
+
+The sockets are real, below a real Hypercorn; what a client does in the middle of a round is done to it between two slices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from memory_connection import LentConnection
+from serving import Server, serving
+from support import RawStream, eventually, listen
+from test_broadcaster import check_books, events, live_broadcaster, publish
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from sse_trio import audience, row
+from sse_trio.audience import CROWD, Books
+from sse_trio.broadcaster import Broadcaster
+from sse_trio.client import Client
+from sse_trio.connection import ConnectionResponse
+from sse_trio.deadline import DeadlineStream
+from sse_trio.stream import EventStream
+from sse_trio.testing import cancel_part_at_every_step
+
+ROOMY = 60.0
+"""A write timeout that nothing here runs into, in seconds."""
+
+
+@dataclass
+class Peer:
+    """One client: what it has read, and what the server knows it as."""
+
+    raw: RawStream
+    client: Client
+
+    async def hears(self, last: str) -> list[str]:
+        """The ids of all discoveries that it has heard, once that one has come."""
+        await self.raw.read_until(lambda: bool(self.raw.events) and self.raw.events[-1].id == last, f"{last} is heard")
+        return [event.id for event in self.raw.events if event.event == "discovery"]
+
+    @property
+    def sits(self) -> bool:
+        return self.client.row is not None
+
+    @property
+    def transport(self) -> DeadlineStream:
+        found = self.client.writer._transport  # type: ignore[union-attr]
+        assert isinstance(found, DeadlineStream)
+        return found
+
+
+@dataclass
+class Crowd:
+    broadcaster: Broadcaster
+    server: Server
+    stack: AsyncExitStack
+    peers: list[Peer] = field(default_factory=list)
+
+    async def join(self, *, rcvbuf: int | None = None) -> Peer:
+        """One more; when this returns it has its `connected`, and its task is parked."""
+        known = set(self.broadcaster.clients)
+        raw = await self.stack.enter_async_context(listen(self.server.port, path="/stream", rcvbuf=rcvbuf))
+        await raw.next("connected")
+        (id,) = set(self.broadcaster.clients) - known
+        peer = Peer(raw, self.broadcaster.clients[id])
+        await eventually(lambda: peer.client.parked, "its task is parked")
+        self.peers.append(peer)
+        return peer
+
+    def begin(self, *sequences: int) -> None:
+        """Publish, and serve the first slice only."""
+        self.broadcaster.publish(events(*sequences))
+
+    def go_on(self) -> None:
+        while self.broadcaster.deliver():
+            pass
+
+
+@asynccontextmanager
+async def crowd(number: int, **settings: Any) -> AsyncIterator[Crowd]:
+    """So many clients that listen to one broadcaster."""
+    broadcaster = live_broadcaster(**settings)
+    answer: Any = partial(EventStream, broadcaster, broadcaster.settings, agent_id="a")
+    async with serving(response=answer, timeout=ROOMY) as server, AsyncExitStack() as stack:
+        found = Crowd(broadcaster, server, stack)
+        for _ in range(number):
+            await found.join()
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def rows_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row, "SEATS", 8)
+
+
+async def test_all_of_a_crowd_sit_and_hear_every_event_once_and_in_order() -> None:
+    async with crowd(20) as together:
+        publish(together.broadcaster, 1)
+        publish(together.broadcaster, 2, 3)
+        assert all(peer.sits for peer in together.peers)
+        assert len({peer.client.row for peer in together.peers}) == 3
+        for peer in together.peers:
+            assert await peer.hears("e-3") == ["e-1", "e-2", "e-3"]
+        check_books(together.broadcaster)
+
+
+async def test_a_few_do_not_sit() -> None:
+    async with crowd(CROWD - 1) as together:
+        publish(together.broadcaster, 1)
+        assert not any(peer.sits for peer in together.peers)
+        assert await together.peers[0].hears("e-1") == ["e-1"]
+        await together.join()
+        publish(together.broadcaster, 2)
+        assert all(peer.sits for peer in together.peers)
+
+
+@pytest.mark.parametrize("way", ["single", "off"])
+async def test_nobody_sits_where_that_is_switched_off(way: str) -> None:
+    async with crowd(CROWD, direct_writes=way) as together:
+        publish(together.broadcaster, 1)
+        assert not any(peer.sits for peer in together.peers)
+        for peer in together.peers:
+            assert await peer.hears("e-1") == ["e-1"]
+        check_books(together.broadcaster)
+
+
+async def test_whoever_asks_is_told_what_each_of_them_was_given() -> None:
+    async with crowd(CROWD) as together:
+        before = [len(peer.raw.body) for peer in together.peers]
+        publish(together.broadcaster, 1)
+        publish(together.broadcaster, 2, 3)
+        assert check_books(together.broadcaster) == Books(offered=3 * CROWD, out=3 * CROWD)
+        for peer, earlier in zip(together.peers, before, strict=True):
+            assert peer.sits
+            assert (peer.client.sent, peer.client.told, peer.client.position) == (3, 3, 3)
+            await peer.hears("e-3")
+            assert peer.client.bytes == len(peer.raw.body) - earlier
+
+
+async def test_who_does_not_read_stands_up_and_nobody_else_does() -> None:
+    async with crowd(CROWD, buffer=100_000) as together:
+        slow = await together.join(rcvbuf=4096)
+        number = 0
+        while slow.sits or number == 0:
+            assert number < 100_000
+            publish(together.broadcaster, *range(number + 1, number + 101))
+            number += 100
+            for peer in together.peers[:CROWD]:
+                await peer.hears(f"e-{number}")
+        assert all(peer.sits for peer in together.peers[:CROWD])
+        publish(together.broadcaster, number + 1)
+        check_books(together.broadcaster)
+        last = f"e-{number + 1}"
+        everything = [f"e-{sequence}" for sequence in range(1, number + 2)]
+        for peer in together.peers:
+            assert await peer.hears(last) == everything
+        await eventually(lambda: slow.client.parked, "it has nothing left to do")
+        publish(together.broadcaster, number + 2)
+        assert slow.sits, "and with the next round it sits again"
+
+
+@pytest.mark.parametrize("wakes", ["wake", "disturb"])
+async def test_who_stands_up_before_its_row_is_served_hears_the_round_once(wakes: str) -> None:
+    async with crowd(CROWD) as together:
+        publish(together.broadcaster, 1)
+        together.begin(2)
+        waiting = next(peer for peer in together.peers if peer.client.row is not None and peer.client.row.owed)
+        if wakes == "wake":
+            waiting.client.wake()
+        else:
+            waiting.client._unpark()  # as its task does whose timer has run out
+            waiting.client.send_channel.send_nowait(None)
+        assert not waiting.sits
+        check_books(together.broadcaster)
+        together.go_on()
+        publish(together.broadcaster, 3)
+        for peer in together.peers:
+            assert await peer.hears("e-3") == ["e-1", "e-2", "e-3"]
+        check_books(together.broadcaster)
+
+
+async def test_who_is_ended_before_its_row_is_served_does_not_hear_the_round() -> None:
+    async with crowd(CROWD) as together:
+        publish(together.broadcaster, 1)
+        together.begin(2)
+        waiting = next(peer for peer in together.peers if peer.client.row is not None and peer.client.row.owed)
+        served = next(peer for peer in together.peers if peer.client.row is not None and not peer.client.row.owed)
+        for peer in (waiting, served):
+            peer.client.end("lifetime")
+            assert not peer.sits
+        assert waiting.client.books() == Books(offered=1, out=1)
+        assert served.client.books() == Books(offered=2, out=2)
+        together.go_on()
+        assert await served.hears("e-2") == ["e-1", "e-2"]
+        assert await waiting.hears("e-1") == ["e-1"]
+        for peer in (waiting, served):
+            await peer.raw.next("goodbye")
+        check_books(together.broadcaster)
+
+
+async def test_who_comes_in_the_middle_of_a_round_hears_what_follows_it() -> None:
+    async with crowd(CROWD) as together:
+        together.begin(1)
+        late = await together.join()
+        together.go_on()
+        publish(together.broadcaster, 2)
+        assert await late.hears("e-2") == ["e-2"]
+        assert await together.peers[0].hears("e-2") == ["e-1", "e-2"]
+        check_books(together.broadcaster)
+
+
+@pytest.mark.parametrize("how", ["abort", "aclose"])
+async def test_a_socket_that_is_closed_is_never_written_to_under_its_number(how: str) -> None:
+    async with crowd(CROWD) as together:
+        publish(together.broadcaster, 1)
+        cut_off = together.peers[3]
+        number = cut_off.transport.socket.fileno()
+        together.begin(2)
+        if how == "abort":
+            cut_off.transport.abort()
+        else:
+            await cut_off.transport.aclose()
+        assert not cut_off.sits
+        ours, theirs = trio.socket.socketpair()
+        with ours, theirs:
+            assert number in (ours.fileno(), theirs.fileno()), "the kernel gives the lowest free number"
+            together.go_on()
+            publish(together.broadcaster, 3)
+            for end in (ours, theirs):
+                with pytest.raises(BlockingIOError):
+                    end._sock.recv(100)  # type: ignore[attr-defined]
+        for peer in together.peers:
+            if peer is not cut_off:
+                assert await peer.hears("e-3") == ["e-1", "e-2", "e-3"]
+        await eventually(lambda: cut_off.client.id not in together.broadcaster.clients, "its stream has ended")
+
+
+async def test_a_peer_that_has_vanished_is_found_while_it_sits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with crowd(CROWD) as together:
+        publish(together.broadcaster, 1)
+        vanished = together.peers[5]
+        unsent = DeadlineStream.unsent
+        monkeypatch.setattr(
+            DeadlineStream, "unsent", lambda stream: stream._written if stream is vanished.transport else unsent(stream)
+        )
+        vanished.transport._moved_at = -math.inf
+        assert vanished.client.row is not None
+        vanished.client.row._look_at = -math.inf  # it is time
+        publish(together.broadcaster, 2)
+        assert not vanished.sits
+        assert vanished.client.gone
+        await eventually(lambda: together.broadcaster.disconnects["stalled"] == 1, "its stream has ended, as stalled")
+        for peer in together.peers:
+            assert peer is vanished or peer.sits
+
+
+async def test_a_row_that_all_have_left_is_gone() -> None:
+    async with crowd(CROWD) as together:
+        publish(together.broadcaster, 1)
+        (everybody,) = together.broadcaster._audiences.values()
+        assert len(everybody._rows) == 2
+        for peer in together.peers[:8]:
+            await peer.raw.stream.aclose()
+        await eventually(lambda: len(together.broadcaster.clients) == CROWD - 8, "half of them have left")
+        publish(together.broadcaster, 2)
+        assert len(everybody._rows) == 1
+        assert check_books(together.broadcaster).out == 2 * CROWD - 8
+
+
+async def test_wherever_one_of_them_is_cancelled_the_others_hear_everything_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audience, "CROWD", 1)
+    monkeypatch.setattr(row, "SEATS", 2)
+    broadcaster = live_broadcaster()
+    sequence = 0
+
+    async def scenario(scope: trio.CancelScope) -> None:
+        nonlocal sequence
+        connections = [LentConnection() for _ in range(3)]
+
+        async def stream(connection: LentConnection) -> None:
+            answer: ConnectionResponse = EventStream(broadcaster, broadcaster.settings, agent_id="a")
+            with scope if connection is connections[0] else trio.CancelScope():
+                await answer.respond(connection)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for connection in connections:
+                    nursery.start_soon(stream, connection)
+                await wait_all_tasks_blocked()
+                for _ in range(3):
+                    sequence += 1
+                    broadcaster.publish(events(sequence))
+                    await trio.lowlevel.checkpoint()
+                    while broadcaster.deliver():
+                        await trio.lowlevel.checkpoint()
+                check_books(broadcaster)
+                await wait_all_tasks_blocked()
+                for connection in connections[1:]:
+                    ids = [event.id for event in connection.events if event.event == "discovery"]
+                    assert ids == [f"e-{number}" for number in range(sequence - 2, sequence + 1)]
+                nursery.cancel_scope.cancel()
+        finally:
+            for connection in connections:
+                connection.release()
+
+    def check() -> None:
+        assert not broadcaster.clients
+        assert not broadcaster._audiences
+
+    await cancel_part_at_every_step(scenario, check=check)
