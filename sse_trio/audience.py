@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sse_trio.history import Batch, Frame, events_among
-from sse_trio.row import Guest, Row
+from sse_trio.row import SEATS, Guest, Row
 from sse_trio.subjects import matches
 
 __all__ = ["EVERYTHING", "Audience", "Books", "Filter", "Passed"]
@@ -24,6 +25,9 @@ CROWD = 16
 
 class Visitor(Guest, Protocol):
     """What an audience asks of a client besides."""
+
+    told: int
+    wrote_at: float
 
     def sit(self, row: Row) -> None: ...
 
@@ -132,11 +136,12 @@ class Books(NamedTuple):
 class Audience(Generic[Member]):
     """The clients with one filter, and what has passed them together."""
 
-    __slots__ = ("_has_rows", "_round", "_rows", "events", "filter", "filtered", "heard", "last", "size", "standing")
+    __slots__ = ("_round", "_rows", "_silence", "events", "filter", "filtered", "heard", "last", "size", "standing")
 
-    def __init__(self, filter: Filter, *, has_rows: bool = False) -> None:
+    def __init__(self, filter: Filter, silence: float | None = None) -> None:
+        """Rows keep alive after that many seconds of silence; None: it has no rows."""
         self.filter = filter
-        self._has_rows = has_rows
+        self._silence = silence
         self.size = 0
         """Its clients."""
         self._rows: list[Row] = []
@@ -173,16 +178,27 @@ class Audience(Generic[Member]):
     def seat(self, now: float) -> list[Row]:
         """Have those sit who may, if they are a crowd; all rows. Only between two rounds."""
         self._rows = [row for row in self._rows if row.guests]
-        if self._has_rows and self.size >= CROWD:
+        if self._silence is not None and self.size >= CROWD:
             free = [row for row in self._rows if not row.is_full]
             for client in [client for client in self.standing if client.may_sit]:
                 if not free:
-                    free.append(Row(now))
+                    free.append(Row(now, self._silence))
                     self._rows += free
                 client.sit(free[-1])
                 if free[-1].is_full:
                     free.pop()
         return self._rows
+
+    def gather(self, now: float, told: int) -> Row | None:
+        """A new row of clients that stand, in silence for some time, and know to have passed just that. As `seat`."""
+        if self._silence is None or self.size < CROWD:
+            return None
+        row = Row(now, self._silence)
+        for client in list(islice(self.standing, SEATS)):
+            if client.may_sit and client.told == told and client.wrote_at <= now - self._silence / 2:
+                client.sit(row)
+        self._rows = [row for row in [*self._rows, row] if row.guests]
+        return row
 
     @property
     def passed(self) -> Passed:

@@ -86,7 +86,8 @@ class Broadcaster:
         self._received_at = 0.0
         self._settled = 0
         self._waiting_for_head: set[Client] = set()
-        self._has_rows = settings.direct_writes == "together" and BulkWrite.works()
+        has_rows = settings.direct_writes == "together" and BulkWrite.works()
+        self._silence = settings.keepalive_interval if has_rows else None
 
     # -- the feed's side: synchronous, never raises because of a client ----------------------------------------------
 
@@ -247,7 +248,8 @@ class Broadcaster:
         """
         audience = self._audiences.get(filter)
         if audience is None:
-            audience = self._audiences[filter] = Audience(filter, has_rows=self._has_rows)
+            audience = self._audiences[filter] = Audience(filter, self._silence)
+        filter = audience.filter  # the same for all: this frame keeps it for as long as the client is here
         client = Client(
             agent_id, audience, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
         )
@@ -339,6 +341,21 @@ class Broadcaster:
         if client.position == self.head:
             client.join()
         return heard
+
+    def filler(self, client: Client) -> Batch:
+        """What fills a silence for this client: an id, where filters have kept out what it has passed, else a comment."""
+        if client.live and self.settled > client.told and self.epoch is not None:
+            return Batch.filler(sse.cursor(event_id(self.epoch, self.settled)), self.settled)
+        return Batch.filler(sse.KEEP_ALIVE, client.told)
+
+    def keep_others_alive(self, client: Client, filler: Batch) -> None:
+        """Give what `filler` has found for a client to those who sat with it, or who stand, as silent as it was."""
+        now = trio.current_time()
+        row = client.row_before
+        if row is None and client.writer is not None and not self._round:
+            row = client.audience.gather(now, client.told)
+        if row is not None and row.owed is None:
+            row.keep_alive(filler, now)
 
     def is_behind(self, client: Client) -> bool:
         """Whether history no longer holds what this client needs next."""

@@ -17,6 +17,7 @@ What passes a client is in its `Books`; see `audience` for who counts it.
 from __future__ import annotations
 
 import errno
+import math
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -52,6 +53,7 @@ class Client:
         "dropped",
         "due",
         "ending",
+        "ends_at",
         "filter",
         "filtered",
         "gone",
@@ -70,9 +72,11 @@ class Client:
         "receive_channel",
         "resumed",
         "row",
+        "row_before",
         "seat",
         "send_channel",
         "sent",
+        "timer",
         "told",
         "waiting",
         "writer",
@@ -115,8 +119,14 @@ class Client:
         self.writer: Writer | None = None
         """How the publisher writes to the parked client's socket; None: only through the channel."""
         self.wrote_at = 0.0
+        self.timer: trio.CancelScope | None = None
+        """Ends the parking when something is due: a keep-alive, if nobody else sees to that, or its end."""
+        self.ends_at = math.inf
+        """When the stream ends by itself at the latest (inf: never)."""
         self.row: Row | None = None
         """Where it sits; what the row was given since it settled is not in its place and its counters yet."""
+        self.row_before: Row | None = None
+        """Where it sat when its parking ended."""
         self.seat = 0
         self._settled = NOTHING
         self._pending: Frame | None = None
@@ -223,6 +233,19 @@ class Client:
             self._settled = row.given
             row.admit(self, descriptor)
 
+    def _sit_again(self) -> None:
+        """Back to where it sat, if that has been given, since, what this client has."""
+        row, self.row_before = self.row_before, None
+        if (
+            row is not None
+            and row.guests
+            and not row.is_full
+            and not row.owed
+            and row.last == self.told
+            and self.may_sit
+        ):
+            self.sit(row)
+
     def settle(self) -> None:
         """Make its own what the row has been given since the last time."""
         row = self.row
@@ -249,10 +272,22 @@ class Client:
         self.audience.standing[self] = None
         return row.owed
 
+    def rest_until(self, when: float) -> None:
+        """Its timer is for then, or for its end."""
+        if self.timer is not None:
+            self.timer.deadline = min(when, self.ends_at)
+
+    @property
+    def spoke_early(self) -> bool:
+        return self.writer is not None and self.writer.spoke_early
+
     def fell_short(self, batch: Batch, taken: int, now: float) -> int:
         """It took so much of a batch that its row was given, or none for that errno (< 0); the events that it has."""
         if taken in (0, -errno.EAGAIN):
-            self._queue_all(batch)
+            if batch.frames:
+                self._queue_all(batch)
+            else:
+                self.wake()  # its own keep-alive waits for room, with a deadline
             return 0
         if taken < 0:
             self.disconnect()
@@ -352,6 +387,7 @@ class Client:
     async def wait(self) -> None:
         """Park until something was queued or the state changed. Cancelling it loses nothing."""
         self.parked = True
+        self._sit_again()
         try:
             self._pending = await self.receive_channel.receive()
         finally:
@@ -359,6 +395,7 @@ class Client:
 
     def _unpark(self) -> None:
         self.parked = False
+        self.row_before = self.row
         if (owed := self.stand_up()) is not None:
             self._queue_all(owed)
 
@@ -416,7 +453,7 @@ class Client:
         """Drop what is queued; nothing can be offered any more."""
         self.leave()
         self.parked = False
-        self.asking = None
+        self.asking = self.timer = self.row_before = None
         self._pending = None
         self.writer = None
         self.send_channel.close()

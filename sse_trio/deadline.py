@@ -23,9 +23,9 @@ import os
 import socket
 import struct
 import termios
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -281,8 +281,8 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
             self.abort()
             raise
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return await self.stream.receive_some(max_bytes)
+    def receive_some(self, max_bytes: int | None = None) -> Coroutine[Any, Any, bytes]:
+        return self.stream.receive_some(max_bytes)  # and no coroutine of our own, which would wait beside it
 
     async def send_eof(self) -> None:
         if self._sending:

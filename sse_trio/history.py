@@ -112,6 +112,15 @@ class Batch:
         self.round = round
         """All frames of the round, also those that are not for this audience."""
 
+    @classmethod
+    def filler(cls, payload: bytes, last: int) -> Batch:
+        """Bytes that are no frames, and the sequence that whoever reads them knows to have passed."""
+        batch = cls.__new__(cls)
+        batch.frames = batch.round = ()
+        batch.payload, batch.size, batch.chunk = payload, len(payload), None
+        batch.last, batch.events = last, 0
+        return batch
+
 
 class History:
     """Recent frames of one epoch, bounded by number and by bytes, whichever comes first."""

@@ -4,7 +4,7 @@ Strategy: a client whose task is parked has nothing outstanding, and one event i
 So when a round begins, an audience that is a crowd puts those that are parked into rows, and a row gets the round's bytes
 in one system call (`bulk_write`). Nothing of a client is touched by that, neither its counters nor its place: these are
 the row's, and a client makes them its own when it stands up or is asked (`settle`). Who takes less than all stands up, and
-goes on by itself as any other.
+goes on by itself as any other. Keep-alives are a row's, too: of a hundred timers the first one's is left.
 
 What always holds: a client sits only while its task is parked and its connection has lent its socket. It stands up before
 anything else writes, before it leaves the live path, and before its socket is closed.
@@ -12,6 +12,7 @@ anything else writes, before it leaves the live path, and before its socket is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -40,6 +41,11 @@ class Writer(Protocol):
     @property
     def has_rest(self) -> bool:
         """Whether the last batch was cut and its rest must be written before anything else."""
+        ...
+
+    @property
+    def spoke_early(self) -> bool:
+        """Whether the peer has said something after its request, so that its end would go unseen."""
         ...
 
     def lend(self, closing: Callable[[], None]) -> int | None:
@@ -97,19 +103,40 @@ class Guest(Protocol):
         """Make its own what the row has been given since the last time."""
         ...
 
-    def stand_up(self) -> Batch | None: ...
+    def stand_up(self) -> Batch | None:
+        """Leave the row; what the round still has for that."""
+        ...
 
-    def fell_short(self, batch: Batch, taken: int, now: float) -> int: ...
+    def fell_short(self, batch: Batch, taken: int, now: float) -> int:
+        """It took so much of a batch, or none for that errno (< 0); the number of events that it has then."""
+        ...
 
-    def look(self) -> None: ...
+    def look(self) -> None:
+        """See whether what the row was given arrives."""
+        ...
+
+    def wake(self) -> None:
+        """Have its task look at its state, and so stand up."""
+        ...
+
+    def rest_until(self, when: float) -> None:
+        """Have its task sleep until then."""
+        ...
+
+    @property
+    def spoke_early(self) -> bool:
+        """See `Writer`."""
+        ...
 
 
 class Row:
     """At most `SEATS` parked clients of one audience."""
 
-    __slots__ = ("_bulk", "_look_at", "given", "guests", "last", "owed", "wrote_at")
+    __slots__ = ("_bulk", "_look_at", "_silence", "given", "guests", "last", "owed", "wrote_at")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, silence: float) -> None:
+        """A silence of so many seconds is filled with a keep-alive."""
+        self._silence = silence
         self.guests: list[Guest] = []
         self.given = NOTHING
         self.last = 0
@@ -129,6 +156,8 @@ class Row:
         guest.seat = len(self.guests)
         self.guests.append(guest)
         self._bulk.add(descriptor)
+        if guest.seat > 0:
+            guest.rest_until(math.inf)
 
     def dismiss(self, guest: Guest) -> None:
         """Free its seat; the last one moves there."""
@@ -137,6 +166,8 @@ class Row:
         if last is not guest:
             last.seat = guest.seat
             self.guests[guest.seat] = last
+            if guest.seat == 0:
+                last.rest_until(self.wrote_at + self._silence)
 
     def owe(self, batch: Batch) -> Callable[[float], int]:
         """A round begins; what gives its batch to those who still sit here then."""
@@ -146,8 +177,18 @@ class Row:
     def serve(self, now: float) -> int:
         """Give what it is owed to all; the number of events that went into sockets."""
         batch, self.owed = self.owed, None
-        if batch is None or not self.guests:
-            return 0
+        return self._give(batch, now) if batch is not None and self.guests else 0
+
+    def keep_alive(self, filler: Batch, now: float) -> None:
+        """Give all what fills a silence. It is the first one's timer that ran out; who is first now has the next."""
+        for guest in [guest for guest in self.guests if guest.spoke_early]:
+            guest.wake()
+        if self.guests:
+            self._give(filler, now)
+        for guest in self.guests[:1]:
+            guest.rest_until(now + self._silence)
+
+    def _give(self, batch: Batch, now: float) -> int:
         writer = self.guests[0].writer
         assert writer is not None, "who sits has lent its socket"
         data = writer.framed(batch)

@@ -29,7 +29,7 @@ from sse_trio.audience import EVERYTHING, Filter
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import Client
 from sse_trio.connection import Connection, ConnectionResponse
-from sse_trio.history import Frame, event_id, events_among, parse_event_id
+from sse_trio.history import Batch, Frame, event_id, events_among, parse_event_id
 from sse_trio.settings import Settings
 
 __all__ = ["Backlog", "EventStream", "Page", "jittered"]
@@ -190,7 +190,7 @@ class EventStream(ConnectionResponse):
     async def _serve(self, client: Client, connection: Connection) -> str:
         """The stream's life; why it ended."""
         broadcaster = self.broadcaster
-        self._ends_at, self._ends_as = self._end_of_life()
+        client.ends_at, self._ends_as = self._end_of_life()
         cursor = self.cursor
         if client.cursor is not None and broadcaster.live:
             # `connected` says what the cursor is worth; a feed that is away is not waited for.
@@ -213,7 +213,7 @@ class EventStream(ConnectionResponse):
             client.writer = connection
 
         while not client.gone:
-            if trio.current_time() >= self._ends_at:
+            if trio.current_time() >= client.ends_at:
                 client.end(self._ends_as)
             if connection.has_rest:
                 await connection.write_rest()
@@ -245,7 +245,7 @@ class EventStream(ConnectionResponse):
     async def _write(
         self, client: Client, connection: Connection, payload: bytes, events: int, last: Frame | None
     ) -> None:
-        with trio.move_on_at(self._ends_at):
+        with trio.move_on_at(client.ends_at):
             await connection.write(payload)  # what is left of it then is the rest, which goes before anything else
         client.wrote_at = trio.current_time()
         client.written(events, len(payload))
@@ -367,12 +367,12 @@ class EventStream(ConnectionResponse):
 
         None when something comes up that the stream has to see to first.
         """
-        while not client.interrupted and trio.current_time() < self._ends_at:
+        while not client.interrupted and trio.current_time() < client.ends_at:
             alive_at = client.wrote_at + self.settings.keepalive_interval
-            with trio.move_on_at(min(alive_at, self._ends_at)) as client.asking:
+            with trio.move_on_at(min(alive_at, client.ends_at)) as client.asking:
                 return await ask()
             if trio.current_time() >= alive_at:
-                await self._keep_alive(client, connection)
+                await self._keep_alive(client, connection, self.broadcaster.filler(client))
         return None
 
     # -- parked ------------------------------------------------------------------------------------------------------
@@ -380,22 +380,20 @@ class EventStream(ConnectionResponse):
     async def _park(self, client: Client, connection: Connection) -> bool:
         """Wait for something to do, at most until something is due; False for a client to be closed."""
         alive_at = client.wrote_at + self.settings.keepalive_interval
-        with trio.move_on_at(min(alive_at, self._ends_at)) as scope:
+        with trio.move_on_at(min(alive_at, client.ends_at)) as client.timer:
             await client.wait()
-        if not scope.cancelled_caught or client.queued:
+        if not client.timer.cancelled_caught or client.queued:
             return True  # also what was queued between the timer's end and now goes before any cursor
-        if client.wrote_at + self.settings.keepalive_interval <= trio.current_time() < self._ends_at:
+        if client.wrote_at + self.settings.keepalive_interval <= trio.current_time() < client.ends_at:
+            filler = self.broadcaster.filler(client)
+            self.broadcaster.keep_others_alive(client, filler)
             # Hypercorn stops reading a connection that sent bytes after its request, so its end would go unseen.
             if connection.spoke_early:
                 return False
-            await self._keep_alive(client, connection)
+            await self._keep_alive(client, connection, filler)
         return True
 
-    async def _keep_alive(self, client: Client, connection: Connection) -> None:
-        broadcaster = self.broadcaster
-        if client.live and broadcaster.settled > client.told and broadcaster.epoch is not None:
-            client.told = broadcaster.settled
-            await connection.write(sse.cursor(event_id(broadcaster.epoch, client.told)))
-        else:
-            await connection.write(sse.KEEP_ALIVE)
+    async def _keep_alive(self, client: Client, connection: Connection, filler: Batch) -> None:
+        client.told = filler.last
+        await connection.write(filler.payload)
         client.wrote_at = trio.current_time()

@@ -72,6 +72,7 @@ class Socket:
     """A parked client's connection: takes `room` batches, cuts the next one, or is broken. It has nothing to lend."""
 
     timeout = 10.0
+    spoke_early = False
 
     def __init__(self, room: int = 1000, *, cuts: bool = False, broken: bool = False) -> None:
         self.room = room

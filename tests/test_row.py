@@ -6,8 +6,9 @@ The sockets are real, below a real Hypercorn; what a client does in the middle o
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,11 +22,12 @@ from test_broadcaster import check_books, events, live_broadcaster, publish
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sse_trio import audience, row
-from sse_trio.audience import CROWD, Books
+from sse_trio.audience import CROWD, Books, Filter
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import Client
 from sse_trio.connection import ConnectionResponse
 from sse_trio.deadline import DeadlineStream
+from sse_trio.history import Batch
 from sse_trio.stream import EventStream
 from sse_trio.testing import cancel_part_at_every_step
 
@@ -86,7 +88,7 @@ class Crowd:
 @asynccontextmanager
 async def crowd(number: int, **settings: Any) -> AsyncIterator[Crowd]:
     """So many clients that listen to one broadcaster."""
-    broadcaster = live_broadcaster(**settings)
+    broadcaster = live_broadcaster(**{"direct_writes": "together"} | settings)
     answer: Any = partial(EventStream, broadcaster, broadcaster.settings, agent_id="a")
     async with serving(response=answer, timeout=ROOMY) as server, AsyncExitStack() as stack:
         found = Crowd(broadcaster, server, stack)
@@ -274,12 +276,174 @@ async def test_a_row_that_all_have_left_is_gone() -> None:
         assert check_books(together.broadcaster).out == 2 * CROWD - 8
 
 
+# -- keep-alives: under the mock clock, with connections whose window is not a kernel's --------------------------------
+
+
+@dataclass
+class Quiet:
+    """A crowd that hears little."""
+
+    broadcaster: Broadcaster
+    connections: list[LentConnection]
+    timers: list[str]
+    """The clients whose timers ran out."""
+    nursery: trio.Nursery
+
+    def join(self, **options: Any) -> LentConnection:
+        connection = LentConnection()
+        answer: ConnectionResponse = EventStream(
+            self.broadcaster, self.broadcaster.settings, agent_id=f"{len(self.connections)}", **options
+        )
+        self.nursery.start_soon(answer.respond, connection)
+        self.connections.append(connection)
+        return connection
+
+    def fillers(self) -> list[list[str]]:
+        """What has filled the silence of each since the last time."""
+        found = []
+        for connection in self.connections:
+            lines = connection.read().decode().splitlines()
+            found.append([line for line in lines if line.startswith(":") or line == "event: cursor"])
+        return found
+
+
+@asynccontextmanager
+async def quiet_crowd(number: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncIterator[Quiet]:
+    broadcaster = live_broadcaster(keepalive_interval=30, direct_writes="together")
+    timers: list[str] = []
+    find = Broadcaster.filler
+
+    def filler(broadcaster: Broadcaster, client: Client) -> Batch:
+        timers.append(client.agent_id)
+        return find(broadcaster, client)
+
+    monkeypatch.setattr(Broadcaster, "filler", filler)
+    connections: list[LentConnection] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            quiet = Quiet(broadcaster, connections, timers, nursery)
+            for _ in range(number):
+                quiet.join(**options)
+            await wait_all_tasks_blocked()
+            yield quiet
+            nursery.cancel_scope.cancel()
+    finally:
+        for connection in connections:
+            connection.release()
+
+
+async def test_one_timer_keeps_a_whole_row_alive(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with quiet_crowd(16, monkeypatch) as quiet:
+        await trio.sleep(20)
+        publish(quiet.broadcaster, 1)
+        quiet.fillers()
+        await trio.sleep(29)
+        assert quiet.fillers() == [[]] * 16
+        for _ in range(10):
+            await trio.sleep(2)
+            assert quiet.fillers() == [[": keep-alive"]] * 16
+            await trio.sleep(28)
+        assert len(quiet.timers) == 10 * 2, "there are two rows"
+        publish(quiet.broadcaster, 2)
+        assert all(client.told == 2 for client in quiet.broadcaster.clients.values())
+        check_books(quiet.broadcaster)
+
+
+async def test_a_crowd_that_has_never_heard_anything_gathers_in_rows_by_itself(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with quiet_crowd(16, monkeypatch) as quiet:
+        for _ in range(5):
+            await trio.sleep(31)
+            assert quiet.fillers() == [[": keep-alive"]] * 16
+        assert len(quiet.timers) <= 2 * 5 + 2, "two rows, once they have gathered"
+        publish(quiet.broadcaster, 1)
+        for connection in quiet.connections:
+            assert connection.events[-1].id == "e-1"
+        check_books(quiet.broadcaster)
+
+
+async def test_a_row_whose_filter_has_kept_something_out_is_told_of_its_place(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with quiet_crowd(16, monkeypatch, filter=Filter(agents=frozenset({"nobody"}))) as quiet:
+        publish(quiet.broadcaster, 1, 2)
+        quiet.fillers()
+        await trio.sleep(31)
+        assert {connection.in_flight for connection in quiet.connections} == {b"event: cursor\ndata: {}\nid: e-2\n\n"}
+        quiet.fillers()
+        await trio.sleep(30)
+        assert quiet.fillers() == [[": keep-alive"]] * 16
+        check_books(quiet.broadcaster)
+
+
+async def test_one_in_a_row_that_spoke_early_is_closed_and_the_others_are_kept_alive(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with quiet_crowd(16, monkeypatch) as quiet:
+        publish(quiet.broadcaster, 1)
+        quiet.connections[5].spoke = True
+        quiet.fillers()
+        await trio.sleep(31)
+        assert quiet.fillers() == [[": keep-alive"] if number != 5 else [] for number in range(16)]
+        assert quiet.broadcaster.disconnects["spoke early"] == 1
+
+
+async def test_one_in_a_row_that_has_no_room_waits_for_it_alone_and_has_a_deadline(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with quiet_crowd(16, monkeypatch) as quiet:
+        publish(quiet.broadcaster, 1)
+        quiet.fillers()
+        full = quiet.connections[5]
+        with suppress(BlockingIOError):
+            while True:
+                full._ours.send(b"\n" * 65536)
+        full.window = 0
+        await trio.sleep(31)
+        assert quiet.fillers()[6] == [": keep-alive"]
+        await trio.sleep(11)
+        assert quiet.broadcaster.disconnects["stalled"] == 1
+        assert len(quiet.broadcaster.clients) == 15
+
+
+async def test_nobody_waits_longer_for_a_sign_of_life_because_others_come_and_go(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(4)
+    async with quiet_crowd(16, monkeypatch) as quiet:
+        heard_at = dict.fromkeys(range(16), 0.0)
+        sequence = 0
+        for now in range(1, 600):
+            await trio.sleep(1)
+            if chance.random() < 0.02:
+                sequence += 1
+                publish(quiet.broadcaster, sequence)
+            if chance.random() < 0.1:
+                heard_at[len(quiet.connections)] = now
+                quiet.join()
+                await wait_all_tasks_blocked()
+            if chance.random() < 0.1:
+                leaver = chance.choice(list(quiet.broadcaster.clients.values()))
+                heard_at.pop(int(leaver.agent_id))
+                leaver.disconnect()
+                await wait_all_tasks_blocked()
+            for number in heard_at:
+                if quiet.connections[number].read():
+                    heard_at[number] = now
+                assert now - heard_at[number] <= 31
+        check_books(quiet.broadcaster)
+
+
+# -- cancellation ------------------------------------------------------------------------------------------------------
+
+
 async def test_wherever_one_of_them_is_cancelled_the_others_hear_everything_once(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audience, "CROWD", 1)
     monkeypatch.setattr(row, "SEATS", 2)
-    broadcaster = live_broadcaster()
+    broadcaster = live_broadcaster(direct_writes="together")
     sequence = 0
 
     async def scenario(scope: trio.CancelScope) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -29,7 +30,7 @@ TABLE: list[tuple[str, str, object, str, object]] = [
     ("SSE_MAX_LIFETIME", "max_lifetime", 0.0, "600", 600.0),
     ("SSE_DRAIN_WINDOW", "drain_window", 5.0, "0", 0.0),
     ("SSE_DRAIN_DELAY", "drain_delay", 0.0, "1.5", 1.5),
-    ("SSE_DIRECT_WRITES", "direct_writes", "together", "off", "off"),
+    ("SSE_DIRECT_WRITES", "direct_writes", os.environ.get("SSE_DIRECT_WRITES", "together"), "off", "off"),
     ("SSE_MAX_CONNECTIONS", "max_connections", 10000, "0", 0),
     ("SSE_MAX_CONNECTIONS_PER_IP", "max_connections_per_ip", 0, "10", 10),
     ("SSE_MAX_CONNECTIONS_PER_SUBJECT", "max_connections_per_subject", 0, "10", 10),

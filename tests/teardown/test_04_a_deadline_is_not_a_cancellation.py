@@ -60,7 +60,7 @@ class CancelCalled(EventStream):
         with trio.move_on_at(client.wrote_at + self.settings.keepalive_interval) as scope:
             frame = await client.receive_channel.receive()
         if scope.cancel_called:
-            await self._keep_alive(client, connection)
+            await self._keep_alive(client, connection, self.broadcaster.filler(client))
         else:
             client._pending = frame
         return True
