@@ -176,13 +176,20 @@ class Audience(Generic[Member]):
         del self.standing[client]
 
     def seat(self, now: float) -> list[Row]:
-        """Have those sit who may, if they are a crowd; all rows. Only between two rounds."""
+        """Have those sit who may, if they are a crowd; all rows, which are given something next.
+
+        Only between two rounds. Rows that have become small are made into one.
+        """
+        silence = self._silence if self.size >= CROWD else None
+        if silence is not None:
+            for row in [row for row in self._rows if row.is_small][1:]:
+                row.dissolve()
         self._rows = [row for row in self._rows if row.guests]
-        if self._silence is not None and self.size >= CROWD:
+        if silence is not None:
             free = [row for row in self._rows if not row.is_full]
             for client in [client for client in self.standing if client.may_sit]:
                 if not free:
-                    free.append(Row(now, self._silence))
+                    free.append(Row(now, silence))
                     self._rows += free
                 client.sit(free[-1])
                 if free[-1].is_full:
@@ -190,7 +197,10 @@ class Audience(Generic[Member]):
         return self._rows
 
     def gather(self, now: float, told: int) -> Row | None:
-        """A new row of clients that stand, in silence for some time, and know to have passed just that. As `seat`."""
+        """A new row of clients that stand, in silence for some time, and know to have passed just that.
+
+        As `seat`. Of those who stand it looks at the first only: it is asked for each of them.
+        """
         if self._silence is None or self.size < CROWD:
             return None
         row = Row(now, self._silence)

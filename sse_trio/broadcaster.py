@@ -196,7 +196,7 @@ class Broadcaster:
             standing += [(client, batch) for client in audience.standing]
         for start in range(0, len(standing), SLICE):
             self._round.append(partial(self._offer, standing[start : start + SLICE]))
-        self._round += looks
+        self._round += looks  # which take time, when all have been served
 
     @staticmethod
     def _offer(pairs: list[tuple[Client, Batch]], now: float) -> int:
@@ -349,7 +349,7 @@ class Broadcaster:
         return Batch.filler(sse.KEEP_ALIVE, client.told)
 
     def keep_others_alive(self, client: Client, filler: Batch) -> None:
-        """Give what `filler` has found for a client to those who sat with it, or who stand, as silent as it was."""
+        """Give what `filler` has found for a client to those who sat with it, or who stand in silence as it does."""
         now = trio.current_time()
         row = client.row_before
         if row is None and client.writer is not None and not self._round:

@@ -18,6 +18,7 @@ import errno
 import os
 import platform
 import sys
+import threading
 from array import array
 
 __all__ = ["MOST", "BulkWrite"]
@@ -66,19 +67,34 @@ class _Queue:
 
     def results(self, count: int) -> array[int]:
         """What has become of `count` writes: in every four words the third is how much was taken, or minus an errno."""
-        self._results(self._results_call, self._context, count, count, self._events_at, None)
+        found = self._results(self._results_call, self._context, count, count, self._events_at, None)
+        if found != count:
+            raise OSError(ctypes.get_errno(), "io_getevents: what has become of writes is not known")
         return self._events[: count * WORDS // 2]
 
+    def try_out(self) -> None:
+        """Raises OSError where only a part of all this is allowed."""
+        with open(os.devnull, "wb") as nowhere:
+            write = array("Q", (0, 0, PWRITE | nowhere.fileno() << 32, 0, 0, 0, 0, 0))
+            pointer = array("Q", (write.buffer_info()[0],))
+            if self.submit(pointer.buffer_info()[0], 1) != 1:
+                raise OSError(ctypes.get_errno(), "io_submit does not take a write")
+            self.results(1)
 
-_queue: _Queue | None = None
+
+_own = threading.local()
+os.register_at_fork(after_in_child=lambda: vars(_own).clear())  # what the kernel has is not the child's
 
 
-def _forget() -> None:
-    global _queue
-    _queue = None  # a forked process does not have it
-
-
-os.register_at_fork(after_in_child=_forget)
+def _queue() -> _Queue | None:
+    """This thread's; None where there is none to be had."""
+    if not hasattr(_own, "queue"):
+        try:
+            _own.queue = _Queue()
+            _own.queue.try_out()
+        except OSError:
+            _own.queue = None
+    return _own.queue  # type: ignore[no-any-return]
 
 
 class BulkWrite:
@@ -92,14 +108,8 @@ class BulkWrite:
 
     @staticmethod
     def works() -> bool:
-        """Whether this system has what it takes; asked once in a process."""
-        global _queue
-        if _queue is None:
-            try:
-                _queue = _Queue()
-            except OSError:
-                return False
-        return True
+        """Whether this system has what it takes. Where it does not, `write` is a loop."""
+        return _queue() is not None
 
     def __len__(self) -> int:
         return len(self._writes) // WORDS
@@ -130,7 +140,7 @@ class BulkWrite:
         The indexes of those that did not take all of it, each with the number of bytes that were taken, or minus an
         errno: EAGAIN where there was no room.
         """
-        count = len(self)
+        queue, count = _queue(), len(self)
         address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
         assert address is not None
         self._writes[ADDRESS::WORDS] = array("Q", (address,)) * count
@@ -143,9 +153,8 @@ class BulkWrite:
         short: list[tuple[int, int]] = []
         done = 0
         while done < count:
-            assert _queue is not None, "works() has been asked"
-            if accepted := _queue.submit(pointers + done * 8, count - done):
-                events = _queue.results(accepted)
+            if queue is not None and (accepted := queue.submit(pointers + done * 8, count - done)):
+                events = queue.results(accepted)
                 results = events[RESULT :: WORDS // 2]
                 if results != whole * accepted:
                     short += [pair for pair in zip(events[:: WORDS // 2], results, strict=True) if pair[1] != len(data)]

@@ -126,7 +126,7 @@ class Client:
         self.row: Row | None = None
         """Where it sits; what the row was given since it settled is not in its place and its counters yet."""
         self.row_before: Row | None = None
-        """Where it sat when its parking ended."""
+        """Where it sat when its timer, and nobody else, ended its parking."""
         self.seat = 0
         self._settled = NOTHING
         self._pending: Frame | None = None

@@ -174,13 +174,15 @@ class Connection:
 
     def framed(self, batch: Writable) -> bytes:
         """The batch as it goes into a socket that is lent."""
-        return batch.payload
+        raise NotImplementedError
 
     def wrote(self, size: int) -> None:
         """Others have written so many bytes to the socket, in whole batches."""
+        raise NotImplementedError
 
     def wrote_part(self, batch: Writable, size: int) -> None:
         """Others have written the first `size` bytes of a framed batch, and what follows is the rest."""
+        raise NotImplementedError
 
     def look(self) -> None:
         """See whether what was written arrives.
@@ -188,6 +190,7 @@ class Connection:
         Raises:
             PeerGone: it has not for the timeout, and the peer was cut off.
         """
+        raise NotImplementedError
 
     # -- the peer --------------------------------------------------------------------------------------------
 

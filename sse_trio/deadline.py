@@ -8,8 +8,9 @@ reads. The kernel is asked every `STEP` seconds at the latest, and only while a 
 is not blocked costs nothing extra.
 
 A peer that has vanished blocks nothing: a keep-alive disappears into the kernel. So each write, every now and then,
-asks how much of the earlier ones has arrived; and while no more than `SMALL` bytes are on their way, the kernel is told
-to give up after the timeout by itself (TCP_USER_TIMEOUT). Beyond that it must not: it takes a small window for death.
+asks how much of the earlier ones has arrived (`look`; whoever writes to the socket itself has to ask by that). While no
+more than `SMALL` bytes are on their way, the kernel is told to give up after the timeout by itself (TCP_USER_TIMEOUT).
+Beyond that it must not: it takes a small window for death.
 
 Once the server is stopping, the peer gets `STOPPING` seconds in all, progress or not: a shutdown is bounded.
 A peer that is cut off gets an RST, so that the kernel frees its buffer at once.
@@ -220,6 +221,8 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
 
     def count(self, sent: int) -> None:
         """The kernel took so many bytes, from whom ever."""
+        if self._acked == self._written:
+            self._moved_at = trio.current_time()  # nothing was on its way: the peer's time begins now
         self._written += sent
         if self._watched and self._written - self._acked > SMALL:
             self._watch(False)

@@ -117,8 +117,8 @@ class Batch:
         """Bytes that are no frames, and the sequence that whoever reads them knows to have passed."""
         batch = cls.__new__(cls)
         batch.frames = batch.round = ()
-        batch.payload, batch.size, batch.chunk = payload, len(payload), None
-        batch.last, batch.events = last, 0
+        batch.payload, batch.chunk = payload, None
+        batch.last, batch.events, batch.size = last, 0, 0  # it is not counted with the frames
         return batch
 
 

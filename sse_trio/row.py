@@ -140,8 +140,9 @@ class Row:
         self.guests: list[Guest] = []
         self.given = NOTHING
         self.last = 0
-        """The sequence of the last frame that it was given, and when that was."""
+        """The sequence that all of them know to have passed."""
         self.wrote_at = now
+        """When it was given something."""
         self.owed: Batch | None = None
         """What the round has for it, until it is served."""
         self._bulk = BulkWrite()
@@ -149,15 +150,19 @@ class Row:
 
     @property
     def is_full(self) -> bool:
-        return len(self.guests) == SEATS
+        return len(self.guests) >= SEATS
+
+    @property
+    def is_small(self) -> bool:
+        """Whether another of its kind would fit in."""
+        return len(self.guests) <= SEATS // 2
 
     def admit(self, guest: Guest, descriptor: int) -> None:
-        """Have it sit in the last seat."""
+        """Have it sit in the last seat; who is the first to sit in a row gives it something at once."""
         guest.seat = len(self.guests)
         self.guests.append(guest)
         self._bulk.add(descriptor)
-        if guest.seat > 0:
-            guest.rest_until(math.inf)
+        guest.rest_until(self.wrote_at + self._silence if guest.seat == 0 else math.inf)
 
     def dismiss(self, guest: Guest) -> None:
         """Free its seat; the last one moves there."""
@@ -181,6 +186,8 @@ class Row:
 
     def keep_alive(self, filler: Batch, now: float) -> None:
         """Give all what fills a silence. It is the first one's timer that ran out; who is first now has the next."""
+        if self.is_due(now):
+            self.look(now)
         for guest in [guest for guest in self.guests if guest.spoke_early]:
             guest.wake()
         if self.guests:
@@ -206,9 +213,14 @@ class Row:
         return now >= self._look_at
 
     def look(self, now: float) -> int:
-        """See that for each of them; 0."""
+        """See whether it arrives at each of them; the events that this has written, which is none."""
         for guest in list(self.guests):
-            guest.look()
             assert guest.writer is not None
             self._look_at = now + guest.writer.timeout / 4
+            guest.look()
         return 0
+
+    def dissolve(self) -> None:
+        """Have all stand up, between two rounds, for another row to take them at once: no timer of theirs is set."""
+        for guest in list(self.guests):
+            guest.stand_up()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any, cast
 
 import trio
@@ -42,10 +41,13 @@ class MemoryConnection(Connection):
         """Take what was written, at most `size` bytes, which makes room for as much."""
         size = len(self.in_flight) if size is None else size
         data, self.in_flight = self.in_flight[:size], self.in_flight[size:]
+        self._opened(data)
+        return data
+
+    def _opened(self, data: bytes) -> None:
         self.body += data
         self._moved.set()
         self._moved = trio.Event()
-        return data
 
     def hang_up(self) -> None:
         self.broken = True
@@ -113,30 +115,67 @@ class MemoryConnection(Connection):
 
 
 class LentConnection(MemoryConnection):
-    """One whose client may sit in a row: what is written to the socket that it lends is `in_flight`, too."""
+    """One that has a socket to lend, so that its client may sit in a row: an endless window is the kernel's.
+
+    `small` makes it as small as that allows. Asking for what is in flight takes it out of the kernel.
+    """
 
     __slots__ = ("_before", "_ours", "_theirs")
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, small: bool = False, **options: Any) -> None:
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
         self._theirs.setblocking(False)
+        if small:
+            self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         super().__init__(**options)
 
     @property
     def in_flight(self) -> bytes:
-        with suppress(BlockingIOError):
-            while data := self._theirs.recv(1 << 20):
-                self._before += data
+        while data := self._receive(1 << 20):
+            self._before += data
         return self._before
 
     @in_flight.setter
     def in_flight(self, data: bytes) -> None:
         self._before = data
 
+    def _receive(self, size: int) -> bytes:
+        try:
+            return self._theirs.recv(size)
+        except BlockingIOError:
+            return b""
+
+    def read(self, size: int | None = None) -> bytes:
+        if size is None or self._before:
+            return super().read(size)
+        data = self._receive(size)
+        self._opened(data)
+        return data
+
+    def _take(self, data: bytes | memoryview) -> int:
+        if self.broken or self.window < float("inf"):
+            return super()._take(data)
+        try:
+            return self._ours.send(data)
+        except BlockingIOError:
+            return 0
+
     def lend(self, closing: Callable[[], None]) -> int | None:
-        # A window is counted here, and the kernel would not.
-        return self._ours.fileno() if self.can_write_now and self.window == float("inf") and not self.broken else None
+        lends = self.can_write_now and not self.broken and self.window == float("inf")
+        return self._ours.fileno() if lends else None
+
+    def framed(self, batch: Writable) -> bytes:
+        return batch.payload
+
+    def wrote(self, size: int) -> None:
+        """It is in the socket."""
+
+    def wrote_part(self, batch: Writable, size: int) -> None:
+        self._rest = memoryview(batch.payload)[size:]
+
+    def look(self) -> None:
+        """Everything arrives."""
 
     def release(self) -> None:
         self._ours.close()

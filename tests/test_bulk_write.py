@@ -9,7 +9,9 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -21,6 +23,8 @@ from sse_trio.bulk_write import MOST, BulkWrite
 
 LARGE = b"x" * (1 << 20)
 """More than a socket has room for."""
+
+SUBMIT = bulk_write._Queue.submit
 
 Pair = tuple[socket.socket, socket.socket]
 MakePair = Callable[[], Pair]
@@ -173,15 +177,37 @@ def test_a_process_that_forks_has_its_own() -> None:
     assert done.stdout == "the parent, the child\n"
 
 
-@pytest.mark.parametrize("lacking", ["another system", "another machine", "not allowed"])
-def test_it_says_so_where_it_does_not_work(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_write, "_queue", None)
+@pytest.mark.parametrize(
+    "lacking", ["another system", "another machine", "no io_setup", "no io_submit", "no io_getevents"]
+)
+def test_where_it_is_not_to_be_had_it_is_a_loop(lacking: str, monkeypatch: pytest.MonkeyPatch, pair: MakePair) -> None:
+    monkeypatch.setattr(bulk_write, "_own", threading.local())
+    calls = list(bulk_write._CALLS[platform.machine()])
     if lacking == "another system":
         monkeypatch.setattr("sys.platform", "darwin")
     elif lacking == "another machine":
         monkeypatch.setattr(platform, "machine", lambda: "vax")
     else:
-        monkeypatch.setitem(
-            bulk_write._CALLS, platform.machine(), (1 << 20, 0, 0)
-        )  # no such call: ENOSYS, as if filtered
+        calls[["no io_setup", "no io_submit", "no io_getevents"].index(lacking)] = (
+            1 << 20
+        )  # as where it is filtered out
+        monkeypatch.setitem(bulk_write._CALLS, platform.machine(), tuple(calls))
+        monkeypatch.setattr(bulk_write._Queue, "submit", SUBMIT)
     assert not BulkWrite.works()
+    (ours, theirs), (other, reader) = pair(), pair()
+    assert writing_to(ours, other).write(b"hello") == []
+    assert (theirs.recv(100), reader.recv(100)) == (b"hello", b"hello")
+
+
+def test_each_thread_has_its_own(pair: MakePair) -> None:
+    def write(bulk: BulkWrite) -> None:
+        for _ in range(1000):
+            assert bulk.write(b"hello") == []
+
+    pairs = [pair() for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, [writing_to(ours) for ours, _ in pairs]))
+    for _, theirs in pairs:
+        left = 5000
+        while left:
+            left -= len(theirs.recv(left))

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import trio
-from memory_connection import MemoryConnection
+from memory_connection import LentConnection, MemoryConnection
 from support import payload
 from test_broadcaster import check_books, event
 from trio.testing import MockClock
 
+from sse_trio import audience, row
 from sse_trio import broadcaster as broadcaster_module
 from sse_trio.audience import EVERYTHING, Filter
 from sse_trio.backlog import PAGE, Backlog
@@ -36,6 +37,8 @@ SEEDS = [*range(60), 364]
 """The last found a cursor that went before what was queued in the same moment."""
 
 ODD = Filter(agents=frozenset({"odd"}))
+FULL = Filter(full=True)
+"""Large enough for a round to be cut by the smallest window of a kernel."""
 
 
 def agent_of(sequence: int) -> str:
@@ -85,8 +88,9 @@ class ScriptedSource:
 class World:
     """One run: a publisher, clients that come and go, and what they heard."""
 
-    def __init__(self, seed: int, *, durable: bool) -> None:
+    def __init__(self, seed: int, *, durable: bool, rows: bool) -> None:
         self.draw = draw = random.Random(seed)
+        self.rows = rows
         self.durable = durable
         overflow: Any = draw.choice(["drop-oldest", "drop-newest"])
         self.settings = Settings(
@@ -95,6 +99,7 @@ class World:
             overflow=overflow,
             keepalive_interval=draw.choice([0.5, 30]),
             write_timeout=1e6,
+            direct_writes="together" if rows else "single",
         )
         self.broadcaster = Broadcaster(self.settings)
         self.broadcaster.open_epoch("e", 0, durable=durable)
@@ -133,7 +138,11 @@ class World:
         cursor = "e-0"
         await trio.sleep(draw.random() * 2)
         while True:
-            connection = MemoryConnection(draw.choice([200, 700, 5000]), direct=draw.random() < 0.6, timeout=1e6)
+            connection: MemoryConnection
+            if self.rows:
+                connection = LentConnection(small=draw.random() < 0.7, direct=draw.random() < 0.9, timeout=1e6)
+            else:
+                connection = MemoryConnection(draw.choice([200, 700, 5000]), direct=draw.random() < 0.6, timeout=1e6)
             stream = EventStream(
                 self.broadcaster, self.settings, agent_id="a", filter=filter, cursor=cursor, backlog=self.backlog
             )
@@ -148,6 +157,7 @@ class World:
                 if not self._complete(filter, heard, connection) and draw.random() < 0.5:
                     connection.hang_up()
                 life.cancel_scope.cancel()
+            connection.release()
             events = connection.read_events  # whole frames only: the rest is cut off with the connection
             heard += events
             if events and events[-1].id:
@@ -159,13 +169,13 @@ class World:
         return self.finished and self._has_all(filter, [*heard, *connection.read_events])
 
     def _has_all(self, filter: Filter, heard: list[ServerSentEvent]) -> bool:
-        wanted = [n for n in self.published if filter is EVERYTHING or n % 3 == 0]
+        wanted = [n for n in self.published if not filter.agents or n % 3 == 0]
         last = max((int(e.id[2:]) for e in heard if e.id), default=0)
         return last >= wanted[-1]
 
     def check(self, filter: Filter, heard: list[ServerSentEvent]) -> int:
         """The model: walk through what was heard; whatever is not there must be named. Returns the number named."""
-        wanted = iter([n for n in self.published if filter is EVERYTHING or n % 3 == 0])
+        wanted = iter([n for n in self.published if not filter.agents or n % 3 == 0])
         named = 0
         for told in heard:
             if told.event == "discovery":
@@ -183,17 +193,21 @@ class World:
         return named
 
 
-async def run(seed: int, *, durable: bool) -> tuple[int, int]:
-    """Heard and named events of all clients of one run."""
+async def run(seed: int, *, durable: bool, rows: bool = False) -> tuple[int, int]:
+    """Heard and named events of all clients of one run; with `rows` each that may sits in one, of two."""
     # Rounds of a few clients are served in slices too, so that clients come, leave and rejoin in the middle of one.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(broadcaster_module, "SLICE", random.Random(seed).choice([1, 2, 100]))
-        return await run_world(seed, durable=durable)
+        patched.setattr(audience, "CROWD", 1)
+        patched.setattr(audience, "SEATS", 2)
+        patched.setattr(row, "SEATS", 2)
+        return await run_world(seed, durable=durable, rows=rows)
 
 
-async def run_world(seed: int, *, durable: bool) -> tuple[int, int]:
-    world = World(seed, durable=durable)
-    clients: list[tuple[Filter, list[ServerSentEvent]]] = [(world.draw.choice([EVERYTHING, ODD]), []) for _ in range(4)]
+async def run_world(seed: int, *, durable: bool, rows: bool) -> tuple[int, int]:
+    world = World(seed, durable=durable, rows=rows)
+    filters = [FULL, FULL, ODD] if rows else [EVERYTHING, ODD]
+    clients: list[tuple[Filter, list[ServerSentEvent]]] = [(world.draw.choice(filters), []) for _ in range(4)]
     with trio.fail_after(100_000):
         async with trio.open_nursery() as nursery:
             if world.backlog is not None:
@@ -225,4 +239,12 @@ async def test_with_a_stream_nothing_is_missed_that_it_keeps(seed: int, autojump
     assert PAGE > 1
     with seeded(seed):
         heard, _ = await run(seed, durable=True)
+    assert heard > 0
+
+
+@pytest.mark.parametrize("durable", [False, True], ids=["core NATS", "a stream"])
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_those_who_sit_in_rows_miss_nothing_either(seed: int, durable: bool, autojump_clock: MockClock) -> None:
+    with seeded(seed):
+        heard, _ = await run(seed, durable=durable, rows=True)
     assert heard > 0
