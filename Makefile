@@ -21,7 +21,7 @@ CANCELLATION_RULES := ASYNC101,ASYNC102,ASYNC103,ASYNC104,ASYNC112,ASYNC113,ASYN
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell $(p) -c '$(FITS)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: demo test versions check format bench recovery chaos soak fuzz clean tools
+.PHONY: demo test versions modes check format bench recovery chaos soak fuzz clean tools
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -36,6 +36,12 @@ test: check tools
 # What differs between Pythons, and between Quart-Trio 0.12 and 0.13: for the other versions, after `make test` on one.
 versions: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(VERSION_TESTS) $(PYTEST)
+
+# The same without what makes it fast, where that is another way through: SSE_DIRECT_WRITES does it for any target.
+MODE_TESTS := $(patsubst %,tests/test_%.py,wire stream broadcaster seam books)
+modes: $(VENV)/dev.stamp
+	SSE_DIRECT_WRITES=single $(BIN)/python -m pytest $(MODE_TESTS) $(PYTEST)
+	SSE_DIRECT_WRITES=off $(BIN)/python -m pytest $(MODE_TESTS) $(PYTEST)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/mypy
