@@ -23,6 +23,10 @@ CROWD = 16
 """From so many clients on an audience has rows: a row costs memory, and a few are written to as fast one by one."""
 
 
+MANY = 2 * SEATS
+"""More than are seated at once."""
+
+
 class Visitor(Guest, Protocol):
     """What an audience asks of a client besides."""
 
@@ -175,39 +179,63 @@ class Audience(Generic[Member]):
         self.size -= 1
         del self.standing[client]
 
-    def seat(self, now: float) -> list[Row]:
-        """Have those sit who may, if they are a crowd; all rows, which are given something next.
+    @property
+    def is_crowd(self) -> bool:
+        """Whether its clients may sit in rows."""
+        return self._silence is not None and self.size >= CROWD
 
-        Only between two rounds. Rows that have become small are made into one.
+    def seat(self, now: float) -> list[Row]:
+        """Before a round: have a few that stand sit, and make one row of two that have become small; all rows.
+
+        Where many stand it is left to the round's slices, see `flocks`: to seat thousands takes a while.
         """
-        silence = self._silence if self.size >= CROWD else None
-        if silence is not None:
-            for row in [row for row in self._rows if row.is_small][1:]:
+        if self.is_crowd:
+            for row in [row for row in self._rows if row.is_small][1:3]:
                 row.dissolve()
         self._rows = [row for row in self._rows if row.guests]
-        if silence is not None:
+        if self.is_crowd and len(self.standing) <= MANY:
             free = [row for row in self._rows if not row.is_full]
             for client in [client for client in self.standing if client.may_sit]:
                 if not free:
-                    free.append(Row(now, silence))
-                    self._rows += free
+                    free.append(self._new_row(now))
                 client.sit(free[-1])
                 if free[-1].is_full:
                     free.pop()
         return self._rows
 
-    def gather(self, now: float, told: int) -> Row | None:
-        """A new row of clients that stand, in silence for some time, and know to have passed just that.
+    def flocks(self) -> list[list[Member]]:
+        """Those who stand, a row's worth in each, where they are so many that `seat` has left them."""
+        if not self.is_crowd or len(self.standing) <= MANY:
+            return []
+        clients = list(self.standing)
+        return [clients[start : start + SEATS] for start in range(0, len(clients), SEATS)]
 
-        As `seat`. Of those who stand it looks at the first only: it is asked for each of them.
-        """
-        if self._silence is None or self.size < CROWD:
-            return None
-        row = Row(now, self._silence)
-        for client in list(islice(self.standing, SEATS)):
-            if client.may_sit and client.told == told and client.wrote_at <= now - self._silence / 2:
+    def seat_together(self, clients: Sequence[Member], now: float) -> Row:
+        """A new row, of those of these clients who may sit. It must be given something at once."""
+        row = self._new_row(now)
+        for client in clients:
+            if client.may_sit:
                 client.sit(row)
-        self._rows = [row for row in [*self._rows, row] if row.guests]
+        return row
+
+    def gather(self, now: float, told: int) -> Row | None:
+        """A new row of clients that stand, in silence for some time, and know to have passed just that. Between rounds.
+
+        Of those who stand it looks at the first only: it is asked for each of them.
+        """
+        if self._silence is None or not self.is_crowd:
+            return None
+        before = now - self._silence / 2
+        first = list(islice(self.standing, SEATS))
+        self._rows = [row for row in self._rows if row.guests]
+        return self.seat_together(
+            [client for client in first if client.told == told and client.wrote_at <= before], now
+        )
+
+    def _new_row(self, now: float) -> Row:
+        assert self._silence is not None, "only a crowd has rows"
+        row = Row(now, self._silence)
+        self._rows.append(row)
         return row
 
     @property

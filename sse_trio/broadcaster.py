@@ -193,7 +193,10 @@ class Broadcaster:
                 if row.is_due(now):
                     looks.append(row.look)
             # Who is here now: a client that comes later is at the head already.
-            standing += [(client, batch) for client in audience.standing]
+            flocks = audience.flocks()
+            self._round += [partial(self._seat_and_offer, audience, batch, flock) for flock in flocks]
+            if not flocks:
+                standing += [(client, batch) for client in audience.standing]
         for start in range(0, len(standing), SLICE):
             self._round.append(partial(self._offer, standing[start : start + SLICE]))
         self._round += looks  # which take time, when all have been served
@@ -201,6 +204,12 @@ class Broadcaster:
     @staticmethod
     def _offer(pairs: list[tuple[Client, Batch]], now: float) -> int:
         return sum([client.offer(batch, now) for client, batch in pairs])
+
+    @staticmethod
+    def _seat_and_offer(audience: Audience[Client], batch: Batch, clients: list[Client], now: float) -> int:
+        row = audience.seat_together([client for client in clients if client.position < batch.last], now)
+        seated = row.owe(batch)(now)
+        return seated + sum([client.offer(batch, now) for client in clients if client.row is None])
 
     def deliver(self) -> bool:
         """Serve the next slice of the round; whether some clients still wait for theirs."""

@@ -221,7 +221,7 @@ class Client:
     @property
     def may_sit(self) -> bool:
         """Whether it has nothing to do, nothing outstanding, and a socket that might be lent."""
-        return self.live and self.parked and self.writer is not None
+        return self.live and self.parked and self.writer is not None and self.row is None
 
     def sit(self, row: Row) -> None:
         """Take a seat in the row, if the connection lends its socket."""

@@ -109,6 +109,11 @@ def rows_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audience, "SEATS", 8)
 
 
+@pytest.fixture(params=["a few are seated at once", "many are seated in slices"], autouse=True)
+def seating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audience, "MANY", 0 if "slices" in request.param else 1000)
+
+
 async def test_all_of_a_crowd_sit_and_hear_every_event_once_and_in_order() -> None:
     async with crowd(20) as together:
         publish(together.broadcaster, 1)
@@ -307,6 +312,7 @@ async def test_who_has_heard_nothing_for_long_has_the_whole_timeout_for_what_com
 
 
 async def test_small_rows_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audience, "MANY", 1000)
     async with crowd(CROWD + 8) as together:
         publish(together.broadcaster, 1)
         (everybody,) = together.broadcaster._audiences.values()

@@ -199,6 +199,7 @@ async def run(seed: int, *, durable: bool, rows: bool = False) -> tuple[int, int
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(broadcaster_module, "SLICE", random.Random(seed).choice([1, 2, 100]))
         patched.setattr(audience, "CROWD", 1)
+        patched.setattr(audience, "MANY", random.Random(seed).choice([0, 1, 100]))
         patched.setattr(audience, "SEATS", 2)
         patched.setattr(row, "SEATS", 2)
         return await run_world(seed, durable=durable, rows=rows)
