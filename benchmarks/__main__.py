@@ -29,6 +29,8 @@ def main() -> int:
         results: Results = json.loads(options.render.read_text())
         _write(results, options.out)
         print(document(results))
+        if options.publish:
+            _publish(results, options.out)
         return 0
     try:
         tools = prepare(options.out, install=not options.no_install)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .contenders import CONTENDERS
 from .plan import CLIENTS, RATES
-from .report import Results, Table
+from .report import Results, Table, rounds
 
 _COLORS = {
     "floor": "#555555",
@@ -63,7 +63,7 @@ def draw(results: Results, path: Path) -> None:
     machine = results["machine"]
     figure.suptitle(
         f"{machine['processor']}, {machine['cores']} cores shared by load client, server and nats-server; "
-        f"{results['rounds']} rounds, median and spread; hollow: events were lost or late"
+        f"{rounds(results)}, median and spread; hollow: events were lost or late"
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -74,7 +74,8 @@ def _panel(axis: Any, table: Table, name: str, points: list[tuple[int, str]]) ->
     drawn = False
     for key, contender in CONTENDERS.items():
         found = [(x, scenario, spread) for x, scenario in points if (spread := table.value(scenario, key, name))]
-        found = [(x, scenario, spread) for x, scenario, spread in found if spread.middle > 0]
+        # What is next to nothing (memory that the floor does not take) would make the logarithmic axis endless.
+        found = [(x, scenario, spread) for x, scenario, spread in found if spread.middle >= 0.05]
         if not found:
             continue
         drawn = True

@@ -337,7 +337,7 @@ def _circumstances(results: Results) -> str:
     return (
         f"Measured {results['started']} on {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory']}, {machine['kernel']}; load client, server and nats-server share the cores. "
-        f"{results['rounds']} rounds, contenders in turn; {results['seconds'] / 60:.0f} minutes. Median "
+        f"{rounds(results)}, contenders in turn; {results['seconds'] / 60:.0f} minutes. Median "
         "(least–most); ratios are taken within a round; “arrived” is the worst round's."
     )
 
@@ -346,6 +346,12 @@ def _header(results: Results) -> list[str]:
     """The circumstances, and which versions."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return [_circumstances(results), "", f"Versions: {versions}.", ""]
+
+
+def rounds(results: Results) -> str:
+    """How often each contender had its turn, in words."""
+    number = results["rounds"]
+    return f"{number} round{'s' if number != 1 else ''}"
 
 
 def document(results: Results) -> str:
