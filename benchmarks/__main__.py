@@ -69,7 +69,9 @@ def _arguments() -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="the table, two rounds, about ten minutes (default)")
-    mode.add_argument("--curves", action="store_true", help="the table and the plot's curves, half an hour")
+    mode.add_argument(
+        "--curves", action="store_true", help="the table and the plot's curves, a quarter of an hour a round"
+    )
     mode.add_argument("--full", action="store_true", help="every point of the plot, three rounds, about two hours")
     mode.add_argument("--smoke", action="store_true", help="seconds; shows that everything works, nothing else")
     parser.add_argument("--rounds", type=int, help="how often each contender gets its turn")

@@ -22,7 +22,6 @@ __all__ = ["EVERYTHING", "Audience", "Books", "Filter", "Passed"]
 CROWD = 16
 """From so many clients on an audience has rows: a row costs memory, and a few are written to as fast one by one."""
 
-
 MANY = 2 * SEATS
 """More than are seated at once."""
 
@@ -33,10 +32,14 @@ class Visitor(Guest, Protocol):
     told: int
     wrote_at: float
 
-    def sit(self, row: Row) -> None: ...
+    def sit(self, row: Row) -> None:
+        """Take a seat in the row, if its socket can be lent."""
+        ...
 
     @property
-    def may_sit(self) -> bool: ...
+    def may_sit(self) -> bool:
+        """Whether it stands, has nothing to do and nothing outstanding."""
+        ...
 
 
 Member = TypeVar("Member", bound=Visitor)

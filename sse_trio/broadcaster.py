@@ -3,8 +3,8 @@
 Strategy: `publish` is one synchronous step: the events go into history, the head moves, and a round begins in which
 every live client is offered what its audience (the clients with its filter) shall hear, joined once per audience.
 A round over thousands of sockets takes longer than the event loop may stand still, so it is served in slices, each a row
-of clients that sit together (`row`) or as many that do not: the feed
-calls `deliver` until it says False, and lets others run in between. A round is always finished before the next begins.
+of clients that sit together (`row`) or as many that do not: the feed calls `deliver` until it says False, and lets others
+run in between. A round is always finished before the next begins.
 
 Why nothing is lost or doubled: a client joins with its place fixed at the head (or at its cursor) in one block without
 an await, and a round goes to exactly those who were live when it began. Who is not live reads history at its own pace,
