@@ -21,6 +21,7 @@ from string import Template
 
 from .needs import Tools
 from .procs import running
+from .turns import reset
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
@@ -36,6 +37,7 @@ class Setting:
     port: int
     nats_port: int
     certificate: Path | None
+    turns: Path | None = None  # where to write the event loop's longest turn, if the contender can tell
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def _sse_trio(workers: int) -> Callable[[Setting], list[str]]:
         tls = []
         if setting.certificate is not None:
             tls = ["--certfile", str(setting.certificate), "--keyfile", str(setting.certificate)]
-        return [sys.executable, "-m", "sse_trio", "serve", *options, *tls]
+        instrument = ["benchmarks.turns", str(setting.turns)] if setting.turns and workers == 1 else ["sse_trio"]
+        return [sys.executable, "-m", *instrument, "serve", *options, *tls]
 
     return command
 
@@ -161,12 +164,23 @@ def available(tools: Tools) -> dict[str, Contender]:
 
 @contextmanager
 def serving(
-    contender: Contender, tools: Tools, directory: Path, env: Mapping[str, str] | None = None
+    contender: Contender,
+    tools: Tools,
+    directory: Path,
+    env: Mapping[str, str] | None = None,
+    *,
+    watched: bool = False,
 ) -> Iterator[Running]:
-    """The contender, started and answering, with a nats-server of its own; both are gone after the block."""
+    """The contender, started and answering, with a nats-server of its own; both are gone after the block.
+
+    `watched`: the turns of its event loop are, if it is one that can tell.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    turns = directory / "turns" if watched else None
+    if turns is not None:
+        reset(turns)
     certificate = _certificate(directory) if contender.is_tls else None
-    setting = Setting(tools, directory, free_port(), free_port(), certificate)
+    setting = Setting(tools, directory, free_port(), free_port(), certificate, turns)
     environment = dict(contender.env) | dict(env or {})
     environment |= {"NATS_URL": f"nats://127.0.0.1:{setting.nats_port}", "NATS_PORT": str(setting.nats_port)}
     nats = [str(tools.nats_server), "-a", "127.0.0.1", "-p", str(setting.nats_port)]

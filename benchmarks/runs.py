@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import turns
 from .contenders import Contender, Running, serving
 from .needs import Tools
 from .procs import usage
@@ -33,7 +34,7 @@ class Scenario:
     contenders: tuple[str, ...]
     at_once: int = 64  # connections in the making at a time; 0: all
     patience: float = 60.0  # seconds until all must be listening
-    probe_ms: float = 0  # how often /health is asked meanwhile; 0: never
+    probe_ms: float = 0  # how often /health is asked meanwhile, and the loop's turns are watched; 0: never
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -50,7 +51,7 @@ def run(scenario: Scenario, contender: Contender, tools: Tools, directory: Path)
         "rate": scenario.rate,
     }
     try:
-        with serving(contender, tools, directory, scenario.env) as server:
+        with serving(contender, tools, directory, scenario.env, watched=scenario.probe_ms > 0) as server:
             sample |= measure(scenario, server, tools.load)
     except (RuntimeError, LoadFailed) as error:
         sample["error"] = str(error)
@@ -72,9 +73,12 @@ def measure(scenario: Scenario, server: Running, load: Path) -> Sample:
             connected = _step(process)
             time.sleep(1.0 if scenario.clients > 1000 else 0.3)  # what connecting has left over is done with
             idle = usage(server.pid)
+            if server.setting.turns is not None:
+                turns.reset(server.setting.turns)
             _go_on(process)
             done = _step(process)
             after = usage(server.pid)
+            longest = turns.longest(server.setting.turns) if server.setting.turns is not None else 0.0
             _go_on(process)
         except BaseException:
             process.kill()
@@ -110,6 +114,8 @@ def measure(scenario: Scenario, server: Running, load: Path) -> Sample:
     if scenario.probe_ms and "probe_ms" in done:
         sample["probe_ms"] = done["probe_ms"]
         sample["probe_failed"] = done["probe_failed"]
+    if longest:  # 0: not watched, or not one that can tell
+        sample["longest_turn_ms"] = longest * 1e3
     return sample
 
 

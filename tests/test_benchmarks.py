@@ -7,6 +7,7 @@ real servers under a small load, and look whether the books balance.
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.needs import Tools, prepare
 from benchmarks.report import document
 from benchmarks.runs import Scenario, run
+from benchmarks.turns import LongestTurn, longest, reset
 
 WITHIN = 30.0
 
@@ -34,6 +36,21 @@ async def drive(load: Path, *options: str | float) -> tuple[dict[str, Any], dict
         done = await trio.run_process([load, *map(str, options)], stdin=b"", capture_stdout=True)
     connected, books = map(json.loads, done.stdout.splitlines())
     return connected, books
+
+
+def report(scenario: Scenario, sample: dict[str, Any]) -> str:
+    """What is written about one run."""
+    results = {
+        "samples": [{"round": 0} | sample],
+        "scenarios": {scenario.key: scenario.title},
+        "machine": {"processor": "p", "cores": "2", "memory": "m", "kernel": "k"},
+        "versions": {"python": "3"},
+        "missing": {"nginx with nchan": "nchan is left out"},
+        "started": "now",
+        "seconds": 1,
+        "rounds": 1,
+    }
+    return document(results)
 
 
 def event(number: int) -> bytes:
@@ -120,22 +137,38 @@ async def test_the_books_of_a_real_server_balance(
     assert books["latency_ms"]["count"] == 2000
 
 
+async def test_a_turn_of_the_loop_that_takes_long_is_seen_from_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "turns"
+    reset(path)
+    instrument = LongestTurn(path)
+    trio.lowlevel.add_instrument(instrument)
+    await trio.lowlevel.checkpoint()
+    before = longest(path)
+    time.sleep(0.05)  # what is to be measured: a task that does not let others run
+    assert longest(path) == before  # it is not over
+    await trio.lowlevel.checkpoint()
+    trio.lowlevel.remove_instrument(instrument)
+    assert 0.05 <= longest(path) < WITHIN
+    reset(path)
+    assert longest(path) == 0
+
+
+async def test_what_a_server_does_meanwhile_is_in_the_row(tools: Tools, tmp_path: Path) -> None:
+    scenario = Scenario("burst", "a small burst", 5, 2_000, 0.5, ("sse-trio",), probe_ms=5)
+    with fail_within(WITHIN, "the run is over"):
+        sample = await trio.to_thread.run_sync(run, scenario, CONTENDERS["sse-trio"], tools, tmp_path / "run")
+    assert sample["share"] == 1
+    assert sample["probe_failed"] == 0
+    assert 0 < sample["longest_turn_ms"] < WITHIN * 1e3
+    assert "Longest turn of the event loop, from inside" in report(scenario, sample)
+
+
 async def test_a_run_becomes_a_row_of_the_report(tools: Tools, tmp_path: Path) -> None:
     scenario = Scenario("fanout-20x50", "20 clients, 50 events/s", 20, 50, 0.5, ("floor",))
     with fail_within(WITHIN, "the run is over"):
         sample = await trio.to_thread.run_sync(run, scenario, CONTENDERS["floor"], tools, tmp_path / "run")
     assert sample["share"] == 1
     assert sample["wrong"] == 0
-    results = {
-        "samples": [{"round": 0} | sample],
-        "scenarios": {scenario.key: scenario.title},
-        "machine": {"processor": "p", "cores": "2", "memory": "m", "kernel": "k"},
-        "versions": {"python": "3"},
-        "missing": {"nginx with nchan": "nchan is left out"},
-        "started": "now",
-        "seconds": 1,
-        "rounds": 1,
-    }
-    text = document(results)
+    text = report(scenario, sample)
     assert "| bare send() loop in C | all |" in text
     assert "Left out: nginx with nchan" in text
