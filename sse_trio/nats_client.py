@@ -26,6 +26,9 @@ from sse_trio.nats_protocol import Message, NatsError, error_reason
 
 __all__ = ["NatsClient", "classify", "connect"]
 
+READ_AT_ONCE = 1 << 16
+"""Bytes that are taken apart before other tasks may run: one or two milliseconds of small messages."""
+
 
 class Owner(Protocol):
     """Who is told what happens on the connection; its methods never wait and never raise."""
@@ -70,9 +73,10 @@ class NatsClient(Client):
         owner = self.owner
         transport: Any = self._transport
         try:
-            while data := await transport.read(1 << 18):
+            while data := await transport.read(READ_AT_ONCE):
                 owner.activity += 1
                 await self._ps.parse(data)
+                await asyncio.sleep(0)  # neither of the two waits while there is something
             owner.die("unreachable", "the server closed the connection")
         except OSError as error:
             owner.die("unreachable", f"the connection broke: {error}")

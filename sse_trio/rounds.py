@@ -29,8 +29,9 @@ Arrived = tuple[int, str, bytes]
 ROUND_BYTES = 1 << 20
 """Bytes of payload in one round, at most (or a single message)."""
 
-DECODED_AT_ONCE = 48
-"""Messages that are decoded before other tasks may run: about half a millisecond."""
+DECODED_AT_ONCE = 16
+"""Messages that are decoded before other tasks may run: a few tenths of a millisecond. An answer to `/health` takes two
+dozen turns of the loop, each of which may have such a portion in it."""
 
 LOG_INTERVAL = 10.0
 """Seconds between two log lines about invalid discoveries of one kind."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gc
 import inspect
+import io
 import json
 import re
 import socket
@@ -191,6 +192,61 @@ async def test_an_inbox_that_nobody_empties_loses_the_newest_and_says_how_many(c
         await connection.publish("a", b"next", confirm=True)
         assert [message.payload for message in await inbox.take()] == [b"next"]
         assert inbox.lost == 0
+
+
+class Prepared:
+    """A transport on which everything has arrived already, so that to read from it never waits."""
+
+    def __init__(self, everything: bytes) -> None:
+        self.rest = io.BytesIO(everything)
+
+    async def read(self, limit: int) -> bytes:
+        return self.rest.read(limit)
+
+
+class OwnerThatCounts:
+    """An owner whose only subscription counts its messages."""
+
+    def __init__(self) -> None:
+        self.activity = 0
+        self.server_info: dict[str, Any] = {}
+        self.sinks: dict[int, Callable[[Message], None]] = {1: self.count}
+        self.failure: NatsError | None = None
+        self.received = 0
+        self.deaths: list[str] = []
+
+    def count(self, message: Message) -> None:
+        self.received += 1
+
+    def die(self, reason: str, detail: str) -> None:
+        self.deaths.append(detail)
+
+    def process_error(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+async def test_others_run_often_while_megabytes_are_taken_apart() -> None:
+    message = b"MSG a 1 100\r\n" + b"x" * 100 + b"\r\n"
+    owner = OwnerThatCounts()
+    client = nats_client.NatsClient(owner, require_tls=False)
+    client._transport = Prepared(message * 20_000)  # type: ignore[assignment]
+    between: list[int] = []
+
+    async def other() -> None:
+        seen = 0
+        while seen < 20_000:
+            await trio.lowlevel.checkpoint()
+            between.append(owner.received - seen)
+            seen = owner.received
+
+    async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        with fail_within(WITHIN, "everything is taken apart"):
+            await trio_asyncio.aio_as_trio(client._read_loop)()
+    assert owner.received == 20_000
+    assert owner.deaths == ["the server closed the connection"]
+    # One message may have begun in the portion before, and the scheduler may let one task run twice before the other.
+    assert max(between) <= 2 * (nats_client.READ_AT_ONCE // len(message) + 1)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
