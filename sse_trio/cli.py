@@ -338,7 +338,7 @@ def tail(url: str, as_json: bool, last_event_id: str, token: str | None, agent_i
 def doctor(bind: str) -> None:
     """Check what the server needs, and say what to do.
 
-    Looks at NATS, JetStream, the stream, permissions, the port, and the limit of open files.
+    Looks at NATS, JetStream, the stream, permissions, the port, the limit of open files, and how it can write.
 
     \b
     Examples:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import trio
 
+from sse_trio.bulk_write import BulkWrite
 from sse_trio.jetstream import JetStream
 from sse_trio.limits import FD_RESERVE
 from sse_trio.nats_connection import NatsConnection, open_connection
@@ -41,7 +42,7 @@ async def examine(settings: Settings, bind: str) -> list[Finding]:
     Raises:
         WrongBind: `bind` is no address. Nothing else that it finds is raised.
     """
-    findings = [_port(bind), _open_files(settings)]
+    findings = [_port(bind), _open_files(settings), _writes(settings)]
     if settings.unknown:
         detail = f"there is no {', no '.join(settings.unknown)}; docs/operating.md lists them all"
         findings.append(Finding("warn", "settings", detail))
@@ -74,6 +75,15 @@ def _open_files(settings: Settings) -> Finding:
         return Finding("ok", "open files", f"the limit of {limit} allows {allowed} streams")
     detail = f"the limit of {limit} allows {allowed} streams, SSE_MAX_CONNECTIONS is {wanted}"
     return Finding("warn", "open files", f"{detail}; raise it (ulimit -n, LimitNOFILE)")
+
+
+def _writes(settings: Settings) -> Finding:
+    if settings.direct_writes != "together":
+        return Finding("ok", "writes", f"SSE_DIRECT_WRITES={settings.direct_writes}")
+    if BulkWrite.works():
+        return Finding("ok", "writes", "to a hundred clients with one system call")
+    detail = "this system has no io_submit, or a sandbox forbids it"
+    return Finding("warn", "writes", f"{detail}: clients are written to one by one, which is slower; allow it")
 
 
 async def _nats(settings: Settings, url: str) -> list[Finding]:

@@ -16,6 +16,7 @@ import trio
 from support import BIN, WITHIN, NatsServer, free_port, nats_server
 
 from sse_trio import doctor
+from sse_trio.bulk_write import BulkWrite
 from sse_trio.doctor import Finding, examine
 from sse_trio.nats_connection import open_connection
 from sse_trio.settings import Settings
@@ -95,6 +96,24 @@ async def test_the_open_files_are_compared_with_the_streams_that_are_wanted(
     assert detail in finding.detail
 
 
+@pytest.mark.parametrize(
+    ("mode", "works", "verdict", "detail"),
+    [
+        ("together", True, "ok", "to a hundred clients with one system call"),
+        ("together", False, "warn", "no io_submit, or a sandbox forbids it"),
+        ("single", False, "ok", "SSE_DIRECT_WRITES=single"),
+        ("off", True, "ok", "SSE_DIRECT_WRITES=off"),
+    ],
+)
+async def test_a_system_on_which_clients_must_be_written_to_one_by_one_is_told_of(
+    mode: str, works: bool, verdict: str, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BulkWrite, "works", lambda: works)
+    finding = await the_one_about("writes", f"nats://127.0.0.1:{free_port()}", direct_writes=mode)
+    assert finding.verdict == verdict
+    assert detail in finding.detail
+
+
 # -- NATS --------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +122,7 @@ async def test_with_everything_there_everything_is_fine(nats: NatsServer) -> Non
     assert [(finding.verdict, finding.subject) for finding in findings] == [
         ("ok", "port"),
         ("ok", "open files"),
+        ("ok", "writes"),
         ("ok", "NATS"),
         ("ok", "permissions"),
         ("ok", "JetStream"),
