@@ -37,7 +37,7 @@ import trio
 sys.path.insert(0, str(Path(__file__).parent))
 
 from provision import node, node_modules, which
-from support import BIN, NatsServer, Server, eventually, free_port, listen, request, run_server
+from support import BIN, NatsServer, Server, eventually, free_port, listen, request, run_server, unless_terminated
 
 from sse_trio.listener import Interruption, follow
 from sse_trio.nats_protocol import NatsError
@@ -550,7 +550,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
     parser.add_argument("--clients", type=int, default=200)
     options = parser.parse_args()
-    return 0 if trio.run(chaos, options.minutes * 60, options.seed, options.clients) else 1
+    run = partial(chaos, options.minutes * 60, options.seed, options.clients)
+    return 0 if trio.run(unless_terminated, run) else 1
 
 
 if __name__ == "__main__":

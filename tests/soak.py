@@ -31,6 +31,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -39,7 +40,7 @@ import trio
 sys.path.insert(0, str(Path(__file__).parent))
 
 from soak_crowd import ARRIVALS, LATE, TICK, Crowd
-from support import WITHIN, eventually, nats_server, run_server
+from support import WITHIN, eventually, nats_server, run_server, unless_terminated
 from teardown.house import COUNTING, House, count_descriptors
 
 from sse_trio.collector import DEPARTURES
@@ -340,18 +341,17 @@ def main() -> int:
     parser.add_argument("--warm", type=int, default=DEPARTURES, help="streams that have ended before the time counts")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
     options = parser.parse_args()
-    good = trio.run(
-        lambda: soak(
-            options.minutes * 60,
-            options.seed,
-            options.clients,
-            options.rate,
-            life=options.life,
-            history=options.history,
-            warm=options.warm,
-        )
+    run = partial(
+        soak,
+        options.minutes * 60,
+        options.seed,
+        options.clients,
+        options.rate,
+        life=options.life,
+        history=options.history,
+        warm=options.warm,
     )
-    return 0 if good else 1
+    return 0 if trio.run(unless_terminated, run) else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,22 @@ async def eventually(condition: Callable[[], Any], what: str, within: float = WI
         if trio.current_time() > deadline:
             raise AssertionError(f"not within {within:g} s: {what}")
         await trio.sleep(0.01)
+
+
+async def unless_terminated(run: Callable[[], Awaitable[bool]]) -> bool:
+    """What `run()` says; False when SIGTERM came first, after it has taken down what it had started."""
+    good = False
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def end_on_signal() -> None:
+                async for number in signals:
+                    nursery.cancel_scope.cancel(f"signal {number}")
+
+            nursery.start_soon(end_on_signal)
+            good = await run()
+            nursery.cancel_scope.cancel("it is done")
+    return good
 
 
 @contextmanager

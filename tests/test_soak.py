@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from typing import Any
 
 import pytest
@@ -13,13 +15,36 @@ import trio
 from recorder import fake_server
 from soak import Sample, soak, verdicts
 from soak_crowd import Crowd, Hearing, Shared
-from support import eventually
+from support import WITHIN, eventually, fail_within, unless_terminated
 
 from sse_trio import sse
 
 
 async def test_after_clients_have_come_and_gone_all_is_accounted_for_and_the_server_is_as_it_was() -> None:
     assert await soak(12, seed=6, clients=100, rate=100, life=4, history=300, warm=100)
+
+
+async def test_sigterm_ends_a_run_after_what_it_started_is_gone() -> None:
+    left: list[str] = []
+
+    async def run() -> bool:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await trio.sleep_forever()
+        finally:
+            left.append("what it started")
+
+    with fail_within(WITHIN, "the run ends"):
+        assert not await unless_terminated(run)
+    assert left == ["what it started"]
+
+
+async def test_a_run_that_ends_by_itself_says_what_it_says() -> None:
+    async def run() -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    assert await unless_terminated(run)
 
 
 def sample(number: int, **changes: float) -> Sample:
