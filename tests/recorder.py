@@ -10,7 +10,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -142,9 +142,14 @@ async def down(feed: NatsFeed, reason: str, within: float = WITHIN) -> None:
 
 @asynccontextmanager
 async def fake_server(serve: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[str]:
-    """The URL of a server that treats each connection with `serve`."""
+    """The URL of a server that treats each connection with `serve`; a client may break it off at any moment."""
+
+    async def handle(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):  # a connection that is given up with bytes unread is reset
+            await serve(stream)
+
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        listeners = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
         yield f"nats://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         nursery.cancel_scope.cancel()
 
