@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from sse_trio.bulk_write import BulkWrite
+from sse_trio.deadline import SMALL
 from sse_trio.history import Batch
 
 __all__ = ["NOTHING", "SEATS", "Given", "Guest", "Row", "Writer"]
@@ -79,6 +80,10 @@ class Writer(Protocol):
         """
         ...
 
+    def unwatch(self) -> None:
+        """Have the kernel not give up on the peer by itself: more is on its way than any that lives has room for."""
+        ...
+
 
 class Given(NamedTuple):
     """What a row has been given in all: a number that means something beside an earlier one only."""
@@ -115,6 +120,10 @@ class Guest(Protocol):
         """See whether what the row was given arrives."""
         ...
 
+    def unwatch(self) -> None:
+        """See `Writer`."""
+        ...
+
     def wake(self) -> None:
         """Have its task look at its state, and so stand up."""
         ...
@@ -132,7 +141,7 @@ class Guest(Protocol):
 class Row:
     """At most `SEATS` parked clients of one audience."""
 
-    __slots__ = ("_bulk", "_look_at", "_silence", "given", "guests", "last", "owed", "wrote_at")
+    __slots__ = ("_bulk", "_look_at", "_silence", "_since_look", "given", "guests", "last", "owed", "wrote_at")
 
     def __init__(self, now: float, silence: float) -> None:
         """A silence of so many seconds is filled with a keep-alive."""
@@ -147,6 +156,7 @@ class Row:
         """What the round has for it, until it is served."""
         self._bulk = BulkWrite()
         self._look_at = now
+        self._since_look = 0
 
     @property
     def is_full(self) -> bool:
@@ -158,10 +168,12 @@ class Row:
         return len(self.guests) <= SEATS // 2
 
     def admit(self, guest: Guest, descriptor: int) -> None:
-        """Have it sit in the last seat; who is the first to sit in a row gives it something at once."""
+        """Have it sit in the last seat. A row whose first guest that is must be given something, or owe it, at once."""
         guest.seat = len(self.guests)
         self.guests.append(guest)
         self._bulk.add(descriptor)
+        if self._since_look > SMALL:
+            guest.unwatch()
         guest.rest_until(self.wrote_at + self._silence if guest.seat == 0 else math.inf)
 
     def dismiss(self, guest: Guest) -> None:
@@ -206,19 +218,24 @@ class Row:
         self.given = Given(events + batch.events, size + batch.size, wire + len(data))
         self.last = batch.last
         self.wrote_at = now
+        was_little = self._since_look <= SMALL
+        self._since_look += len(data)
+        if was_little and self._since_look > SMALL:
+            for guest in self.guests:
+                guest.unwatch()
         return batch.events * len(self.guests) + sum([guest.fell_short(batch, taken, now) for guest, taken in short])
 
     def is_due(self, now: float) -> bool:
         """Whether it is time to see whether what it was given arrives."""
         return now >= self._look_at
 
-    def look(self, now: float) -> int:
-        """See whether it arrives at each of them; the events that this has written, which is none."""
+    def look(self, now: float) -> None:
+        """See whether it arrives at each of them."""
+        self._since_look = 0
         for guest in list(self.guests):
             assert guest.writer is not None
             self._look_at = now + guest.writer.timeout / 4
             guest.look()
-        return 0
 
     def dissolve(self) -> None:
         """Have all stand up, between two rounds, for another row to take them at once: no timer of theirs is set."""

@@ -21,7 +21,7 @@ from sse_trio.reader import Reader
 from sse_trio.settings import Settings
 from sse_trio.sse import compact
 from sse_trio.stream import Backlog
-from sse_trio.subjects import is_pattern
+from sse_trio.subjects import MAX_TOKENS, is_pattern
 
 __all__ = ["InvalidParameters", "Services", "filter_of", "grant_of_sender", "json_answer", "problem"]
 
@@ -103,6 +103,8 @@ def filter_of(query: MultiDict[str, str], grant: Grant) -> Filter:
     subjects = query.getlist("subject")
     if not all(map(is_pattern, subjects)):
         wrong("subject", "a NATS subject: tokens joined by dots, * for one, > for the rest")
+    elif sum(subject.count(".") + 1 for subject in subjects) > MAX_TOKENS:
+        wrong("subject", f"fewer patterns: no more than {MAX_TOKENS} tokens in all")
     if query.get("detail", "full") != "full":
         wrong("detail", "full, or leave it out")
     if errors:

@@ -10,10 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["is_pattern", "is_subset", "matches"]
+__all__ = ["MAX_TOKENS", "Patterns", "is_pattern", "is_subset", "matches"]
+
+Node = dict[str | None, "Node"]
 
 MAX_LENGTH = 256
 """Characters in a pattern; nats-server's own limit is the control line, far above any subject in use."""
+
+
+MAX_TOKENS = 1000
+"""Tokens in all the patterns that a client may ask for: a tree of them takes up to 250 bytes for each."""
 
 
 def is_pattern(text: str) -> bool:
@@ -35,6 +41,40 @@ def matches(pattern: str, subject: str) -> bool:
         return False
     # `zip` may stop early: what is left over in `tokens` is the tail that `>` stands for.
     return all(want in ("*", token) for want, token in zip(wanted, tokens, strict=False))
+
+
+class Patterns:
+    """Patterns that are looked at together: how long that takes is for the subject to say, and not for their number.
+
+    They are a tree of tokens, of which a subject goes down all branches that fit: two at most from any node.
+    """
+
+    __slots__ = ("_root",)
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._root: Node = {}
+        for pattern in patterns:
+            node = self._root
+            for token in pattern.split("."):
+                node = node.setdefault(token, {})
+            node[None] = {}  # one ends here; None is no token
+
+    def match(self, subject: str) -> bool:
+        """Whether a message on `subject` would reach a subscription to one of them."""
+        nodes = [self._root]
+        for token in subject.split("."):
+            fitting: list[Node] = []
+            for node in nodes:
+                if ">" in node:
+                    return True
+                if (exact := node.get(token)) is not None:
+                    fitting.append(exact)
+                if token != "*" and (any_token := node.get("*")) is not None:
+                    fitting.append(any_token)
+            if not fitting:
+                return False
+            nodes = fitting
+        return any(None in node for node in nodes)
 
 
 def _is_part(pattern: list[str], whole: list[str]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sse_trio.subjects import is_pattern, is_subset, matches
+from sse_trio.subjects import Patterns, is_pattern, is_subset, matches
 
 # `c` is in no pattern: it stands for every token that a pattern does not name. One token more than any
 # pattern has stands for every longer subject.
@@ -50,6 +50,12 @@ def by_regex(pattern: str, subject: str) -> bool:
 )
 def test_a_pattern_matches_what_nats_would_deliver(pattern: str, subject: str, expected: bool) -> None:
     assert matches(pattern, subject) is expected
+    assert Patterns([pattern]).match(subject) is expected
+
+
+@given(st.lists(patterns, max_size=6), st.sampled_from([*SUBJECTS, "*", "a.*", "*.*.b"]))
+def test_patterns_together_match_what_one_of_them_does(several: list[str], subject: str) -> None:
+    assert Patterns(several).match(subject) is any(matches(pattern, subject) for pattern in several)
 
 
 @given(patterns, st.sampled_from(SUBJECTS))

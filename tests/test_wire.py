@@ -92,6 +92,7 @@ async def test_http_1_0_gets_no_chunks(nats: NatsServer, tmp_path: Path) -> None
         ("agent_id=a&min_confidence=2", "min_confidence"),
         ("agent_id=a&min_confidence=nan", "min_confidence"),
         ("agent_id=a&subject=a..b", "subject"),
+        pytest.param("agent_id=a" + "&subject=a.b.c.d.e" * 201, "subject", id="too many patterns"),
         ("agent_id=a&detail=some", "detail"),
     ],
 )
