@@ -9,13 +9,13 @@ passed its audience when it leaves that path, or is asked (`Client.account`). Th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from sse_trio.history import Batch, Frame, events_among
+from sse_trio.history import Batch, Frame, History, events_among
 from sse_trio.row import SEATS, Guest, Row
-from sse_trio.subjects import matches
+from sse_trio.subjects import Patterns
 
 __all__ = ["EVERYTHING", "Audience", "Books", "Filter", "Passed"]
 
@@ -29,6 +29,7 @@ MANY = 2 * SEATS
 class Visitor(Guest, Protocol):
     """What an audience asks of a client besides."""
 
+    position: int
     told: int
     wrote_at: float
 
@@ -60,6 +61,12 @@ class Filter:
     subjects: tuple[str, ...] = ()
     granted: tuple[str, ...] | None = None
     full: bool = False
+    _asked: Patterns = field(init=False, repr=False, compare=False)
+    _allowed: Patterns = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_asked", Patterns(self.subjects))
+        object.__setattr__(self, "_allowed", Patterns(self.granted or ()))
 
     @property
     def is_open(self) -> bool:
@@ -83,8 +90,8 @@ class Filter:
             and (not self.roles or discovery.agent_role in self.roles)
             and (not self.agents or discovery.agent_id in self.agents)
             and discovery.confidence >= self.min_confidence
-            and (not self.subjects or any(matches(pattern, frame.subject) for pattern in self.subjects))
-            and (self.granted is None or any(matches(pattern, frame.subject) for pattern in self.granted))
+            and (not self.subjects or self._asked.match(frame.subject))
+            and (self.granted is None or self._allowed.match(frame.subject))
         )
 
     def let_through(self, frames: Sequence[Frame]) -> Sequence[Frame]:
@@ -116,6 +123,12 @@ class Passed(NamedTuple):
     heard: int
     filtered: int
 
+    def plus(self, other: Passed) -> Passed:
+        return Passed(self.events + other.events, self.heard + other.heard, self.filtered + other.filtered)
+
+    def less(self, other: Passed) -> Passed:
+        return Passed(self.events - other.events, self.heard - other.heard, self.filtered - other.filtered)
+
 
 class Books(NamedTuple):
     """What has become of the events that passed one stream, or all: `offered` is the sum of the others, at any moment.
@@ -143,7 +156,21 @@ class Books(NamedTuple):
 class Audience(Generic[Member]):
     """The clients with one filter, and what has passed them together."""
 
-    __slots__ = ("_round", "_rows", "_silence", "events", "filter", "filtered", "heard", "last", "size", "standing")
+    __slots__ = (
+        "_coming",
+        "_events",
+        "_filtered",
+        "_heard",
+        "_known",
+        "_last",
+        "_round",
+        "_rows",
+        "_silence",
+        "_to_offer",
+        "filter",
+        "size",
+        "standing",
+    )
 
     def __init__(self, filter: Filter, silence: float | None = None) -> None:
         """Rows keep alive after that many seconds of silence; None: it has no rows."""
@@ -154,24 +181,49 @@ class Audience(Generic[Member]):
         self._rows: list[Row] = []
         self.standing: dict[Member, None] = {}
         """Those who do not sit in a row."""
-        self.events = self.heard = self.filtered = 0
-        self.last = 0
-        """The last frame of the latest round for it: a live client that is not there yet has still to be served."""
+        self._events = self._heard = self._filtered = 0
+        self._last = 0
         self._round = (0, 0, 0)
+        self._coming: tuple[Sequence[Frame], int] | None = None
+        self._to_offer: tuple[Sequence[Frame], Sequence[Frame]] = ((), ())
+        self._known: tuple[int, Passed] | None = None
 
-    def begin(self, frames: Sequence[Frame], events: int) -> Batch | None:
-        """A round passes: what its clients shall be offered of it. It is of `events` events, or of notices (0)."""
+    def expect(self, frames: Sequence[Frame], events: int) -> None:
+        """A round of `events` events, or of notices (0), passes. It is looked at when it must be: see `begin`."""
+        self._coming = frames, events
+
+    def _look(self) -> None:
+        """Filter and count the round that has come, if that has still to be done."""
+        if self._coming is None:
+            return
+        (frames, events), self._coming = self._coming, None
         heard = self.filter.let_through(frames)
         given = len(heard) if events else 0
         kept_out = len(frames) - len(heard)
-        self.events += events
-        self.heard += given
-        self.filtered += kept_out
+        self._events += events
+        self._heard += given
+        self._filtered += kept_out
         self._round = events, given, kept_out
-        if not heard:
-            return None
-        self.last = heard[-1].sequence
-        return Batch(heard, self.filter.full, frames, given)
+        if heard:
+            self._last = heard[-1].sequence
+        self._to_offer = heard, frames
+
+    def begin(self) -> Batch | None:
+        """The round's turn is with this audience: what its clients shall be offered of it."""
+        self._look()
+        (heard, frames), self._to_offer = self._to_offer, ((), ())
+        return Batch(heard, self.filter.full, frames, self._round[1]) if heard else None
+
+    def reopen(self, head: int) -> None:
+        """Sequences are another incarnation's from now on, above `head`; between two rounds."""
+        self._last = head
+        self._known = None
+
+    @property
+    def last(self) -> int:
+        """The last frame of the latest round for it: a live client that is not there yet has still to be served."""
+        self._look()
+        return self._last
 
     def enter(self, client: Member) -> None:
         self.size += 1
@@ -187,10 +239,11 @@ class Audience(Generic[Member]):
         """Whether its clients may sit in rows."""
         return self._silence is not None and self.size >= CROWD
 
-    def seat(self, now: float) -> list[Row]:
-        """Before a round: have a few that stand sit, and make one row of two that have become small; all rows.
+    def seat(self, now: float, last: int) -> list[Row]:
+        """Before it is given what ends with `last`: have a few that stand sit, and make one row of two small ones; all rows.
 
-        Where many stand it is left to the round's slices, see `flocks`: to seat thousands takes a while.
+        Who has come since the round began knows that already, and stands. Where many stand it is left to the round's
+        slices, see `flocks`: to seat thousands takes a while.
         """
         if self.is_crowd:
             for row in [row for row in self._rows if row.is_small][1:3]:
@@ -198,7 +251,7 @@ class Audience(Generic[Member]):
         self._rows = [row for row in self._rows if row.guests]
         if self.is_crowd and len(self.standing) <= MANY:
             free = [row for row in self._rows if not row.is_full]
-            for client in [client for client in self.standing if client.may_sit]:
+            for client in [client for client in self.standing if client.position < last and client.may_sit]:
                 if not free:
                     free.append(self._new_row(now))
                 client.sit(free[-1])
@@ -244,19 +297,34 @@ class Audience(Generic[Member]):
     @property
     def passed(self) -> Passed:
         """What has passed it, with the latest round."""
-        return Passed(self.events, self.heard, self.filtered)
+        self._look()
+        return Passed(self._events, self._heard, self._filtered)
 
     @property
     def passed_before(self) -> Passed:
         """What had passed it before the latest round."""
-        events, heard, filtered = self._round
-        return Passed(self.events - events, self.heard - heard, self.filtered - filtered)
+        return self.passed.less(Passed(*self._round))
 
     def passed_without(self, newest: Sequence[Frame]) -> Passed:
         """What had passed it before these frames came, which are the newest."""
-        heard = self.filter.let_through(newest)
-        return Passed(
-            self.events - events_among(newest),
-            self.heard - events_among(heard),
-            self.filtered - (len(newest) - len(heard)),
-        )
+        return self.passed.less(self._among(newest))
+
+    def passed_at(self, place: int, history: History) -> Passed:
+        """What had passed it at a place that memory holds.
+
+        It is counted from the head, or from where it was last asked for, if that is nearer: when a crowd comes back,
+        most are at about the same place.
+        """
+        known, passed = history.head, self.passed
+        if self._known is not None and abs(self._known[0] - place) < known - place and self._known[0] >= history.floor:
+            known, passed = self._known
+        if place < known:
+            passed = passed.less(self._among(history.between(place, known)))
+        else:
+            passed = passed.plus(self._among(history.between(known, place)))
+        self._known = place, passed
+        return passed
+
+    def _among(self, frames: Sequence[Frame]) -> Passed:
+        heard = self.filter.let_through(frames)
+        return Passed(events_among(frames), events_among(heard), len(frames) - len(heard))

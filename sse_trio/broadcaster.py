@@ -2,9 +2,10 @@
 
 Strategy: `publish` is one synchronous step: the events go into history, the head moves, and a round begins in which
 every live client is offered what its audience (the clients with its filter) shall hear, joined once per audience.
-A round over thousands of sockets takes longer than the event loop may stand still, so it is served in slices, each a row
-of clients that sit together (`row`) or as many that do not: the feed calls `deliver` until it says False, and lets others
-run in between. A round is always finished before the next begins.
+A round over thousands of sockets takes longer than the event loop may stand still, and so does making the bytes of
+thousands of audiences. So it is served in slices, each about a row of clients that sit together (`row`) or as many that do
+not: the feed calls `deliver` until it says False, and lets others run in between. A round is always finished before the
+next begins.
 
 Why nothing is lost or doubled: a client joins with its place fixed at the head (or at its cursor) in one block without
 an await, and a round goes to exactly those who were live when it began. Who is not live reads history at its own pace,
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +29,7 @@ from sse_trio.bulk_write import BulkWrite
 from sse_trio.client import Client
 from sse_trio.discovery import Discovery
 from sse_trio.history import Batch, Frame, History, event_id, events_among, parse_event_id
-from sse_trio.row import SEATS
+from sse_trio.row import SEATS, Row
 from sse_trio.settings import Settings
 
 __all__ = ["Broadcaster", "Event", "Latency"]
@@ -39,8 +40,11 @@ Event = tuple[int, str, Discovery]
 SLICE = SEATS
 """Clients that are served before others may run: about a millisecond of writes."""
 
-Slice = Callable[[float], int]
-"""A part of a round, to be called with the time; it returns the number of events that went into sockets."""
+FRAMES = 16
+"""Frames of a round that take an audience about as long to look at as it takes to serve a client."""
+
+Portion = tuple[int, Callable[[float], int]]
+"""So many clients of a round, and what serves them, given the time; it returns the events that went into sockets."""
 
 
 class Latency:
@@ -81,8 +85,8 @@ class Broadcaster:
         """What was counted of clients that have left; `/metrics` adds those who are here."""
         self._past_books = Books()
         self._audiences: dict[Filter, Audience[Client]] = {}
-        self._round: deque[Slice] = deque()
-        """What is left of it: the rows, slices of those who do not sit in one, and rows to be looked at."""
+        self._round: Iterator[None] | None = None
+        """What serves the rest of it, and stops wherever others may run."""
         self._received_at = 0.0
         self._settled = 0
         self._waiting_for_head: set[Client] = set()
@@ -105,6 +109,11 @@ class Broadcaster:
         return event_id(self.history.epoch, self.head) if self.live and self.history.epoch is not None else None
 
     @property
+    def _holds_history(self) -> bool:
+        """Whether a client that is behind can read on from somewhere."""
+        return self.durable or self.settings.history > 0
+
+    @property
     def settled(self) -> int:
         """The head that every live client has been offered everything up to."""
         return self._settled
@@ -123,6 +132,8 @@ class Broadcaster:
             self.history.max_bytes = max(self.settings.history_bytes, 1 << 20)
         self.history.open(epoch, head)
         self._settled = head
+        for client in self.clients.values():
+            client.lagging_on_history = self._holds_history
         if self.live:
             for client in self.clients.values():
                 client.leave()
@@ -132,7 +143,7 @@ class Broadcaster:
                     client.accounted = client.audience.passed
                 client.wake()
         for audience in self._audiences.values():
-            audience.last = head
+            audience.reopen(head)
 
     def go_live(self) -> None:
         """The feed is live: who came before it without a cursor hears everything from now on."""
@@ -180,30 +191,56 @@ class Broadcaster:
         self._received_at = received_at
         if not self.live:
             return
-        now = trio.current_time()
         events = events_among(frames)
-        standing: list[tuple[Client, Batch]] = []
-        looks: list[Slice] = []
         for audience in self._audiences.values():
-            batch = audience.begin(frames, events)
+            audience.expect(frames, events)
+        # Who is here now: a client that comes later is at the head already.
+        self._round = self._serve(tuple(self._audiences.values()), len(frames))
+
+    def _serve(self, audiences: Sequence[Audience[Client]], frames: int) -> Iterator[None]:
+        """Serve a round to one audience after the other, each with bytes that are made when it is its turn."""
+        done = 0
+        looks: list[Row] = []
+        for audience in audiences:
+            if done >= SLICE:
+                done = 0
+                yield
+            done += 1 + frames // FRAMES
+            batch = audience.begin()
             if batch is None:
                 continue
-            for row in audience.seat(now):
-                self._round.append(row.owe(batch))
-                if row.is_due(now):
-                    looks.append(row.look)
-            # Who is here now: a client that comes later is at the head already.
-            flocks = audience.flocks()
-            self._round += [partial(self._seat_and_offer, audience, batch, flock) for flock in flocks]
-            if not flocks:
-                standing += [(client, batch) for client in audience.standing]
-        for start in range(0, len(standing), SLICE):
-            self._round.append(partial(self._offer, standing[start : start + SLICE]))
-        self._round += looks  # which take time, when all have been served
+            for size, serve in self._portions(audience, batch, looks):
+                if done >= SLICE:
+                    done = 0
+                    yield
+                done += size
+                written = serve(trio.current_time())
+                if written and self._received_at:
+                    self.latency.observe(time.perf_counter() - self._received_at, written)
+        for row in looks:  # which takes time, when all have been served
+            yield
+            row.look(trio.current_time())
+
+    def _portions(self, audience: Audience[Client], batch: Batch, looks: list[Row]) -> list[Portion]:
+        """All clients of an audience; the rows that are to be looked at, too, go to `looks`."""
+        now = trio.current_time()
+        portions: list[Portion] = []
+        for row in audience.seat(now, batch.last):
+            portions.append((len(row.guests), row.owe(batch)))
+            if row.is_due(now):
+                looks.append(row)
+        if flocks := audience.flocks():
+            portions += [(len(flock), partial(self._seat_and_offer, audience, batch, flock)) for flock in flocks]
+        else:
+            standing = list(audience.standing)
+            for start in range(0, len(standing), SLICE):
+                some = standing[start : start + SLICE]
+                portions.append((len(some), partial(self._offer, batch, some)))
+        return portions
 
     @staticmethod
-    def _offer(pairs: list[tuple[Client, Batch]], now: float) -> int:
-        return sum([client.offer(batch, now) for client, batch in pairs])
+    def _offer(batch: Batch, clients: list[Client], now: float) -> int:
+        return sum([client.offer(batch, now) for client in clients])
 
     @staticmethod
     def _seat_and_offer(audience: Audience[Client], batch: Batch, clients: list[Client], now: float) -> int:
@@ -215,12 +252,9 @@ class Broadcaster:
         """Serve the next slice of the round; whether some clients still wait for theirs."""
         if self._waiting_for_head:
             self._wake_those_ahead()
-        if self._round:
-            written = self._round.popleft()(trio.current_time())
-            if written and self._received_at:
-                self.latency.observe(time.perf_counter() - self._received_at, written)
-        if self._round:
+        if self._round is not None and next(self._round, "it is over") is None:
             return True
+        self._round = None
         self._settled = self.head
         return False
 
@@ -262,7 +296,7 @@ class Broadcaster:
         client = Client(
             agent_id, audience, capacity=self.settings.buffer, overflow=self.settings.overflow, address=address
         )
-        client.lagging_on_history = self.durable or self.settings.history > 0
+        client.lagging_on_history = self._holds_history
         client.wrote_at = trio.current_time()
         client.cursor = cursor
         audience.enter(client)
@@ -333,7 +367,7 @@ class Broadcaster:
 
     def _passed(self, client: Client) -> Passed:
         """What had passed the client's audience at its place, which memory holds."""
-        return client.audience.passed_without(self.history.after(client.position, self.history.max_events))
+        return client.audience.passed_at(client.position, self.history)
 
     def read(self, client: Client, limit: int) -> Sequence[Frame]:
         """What history holds for a client off the live path, at most `limit` frames scanned; it moves on past them.
@@ -361,7 +395,7 @@ class Broadcaster:
         """Give what `filler` has found for a client to those who sat with it, or who stand in silence as it does."""
         now = trio.current_time()
         row = client.row_before
-        if row is None and client.writer is not None and not self._round:
+        if row is None and client.writer is not None and self._round is None:
             row = client.audience.gather(now, client.told)
         if row is not None and row.owed is None:
             row.keep_alive(filler, now)

@@ -306,6 +306,11 @@ class Client:
         except (OSError, trio.BrokenResourceError):
             self.disconnect()
 
+    def unwatch(self) -> None:
+        """Have the kernel not give up on the peer by itself."""
+        assert self.writer is not None
+        self.writer.unwatch()
+
     # -- its books ---------------------------------------------------------------------------------------------------
 
     def account(self, upto: Passed) -> int:

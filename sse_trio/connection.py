@@ -192,6 +192,10 @@ class Connection:
         """
         raise NotImplementedError
 
+    def unwatch(self) -> None:
+        """Have the kernel not give up on the peer by itself: more is on its way than any that lives has room for."""
+        raise NotImplementedError
+
     # -- the peer --------------------------------------------------------------------------------------------
 
     @property

@@ -169,6 +169,11 @@ class DeadlineStream(Patience, trio.abc.HalfCloseableStream):
                 milliseconds = math.ceil(self.timeout * 1000) if watched else 0
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
+    def unwatch(self) -> None:
+        """Have the kernel not give up by itself until all has arrived: others write more than `SMALL`."""
+        if self._watched:
+            self._watch(False)
+
     def look(self) -> None:
         """See whether earlier writes arrive.
 

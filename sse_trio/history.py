@@ -185,6 +185,12 @@ class History:
         start = bisect_right(self._sequences, sequence, lo=self._start)
         return self._frames[start : start + limit]  # type: ignore[return-value]  # from _start on there is no None
 
+    def between(self, first: int, last: int) -> list[Frame]:
+        """The frames that follow `first` up to and with `last`, oldest first. Meaningful for `first >= floor`."""
+        start = bisect_right(self._sequences, first, lo=self._start)
+        stop = bisect_right(self._sequences, last, lo=start)
+        return self._frames[start:stop]  # type: ignore[return-value]  # from _start on there is no None
+
     def before(self, sequence: int) -> Iterator[Frame]:
         """The frames that precede `sequence`, newest first."""
         stop = bisect_right(self._sequences, sequence - 1, lo=self._start)

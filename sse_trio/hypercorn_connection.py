@@ -247,6 +247,9 @@ class _H11Connection(_HypercornConnection):
         except trio.BrokenResourceError as error:
             raise self._gone() from error
 
+    def unwatch(self) -> None:
+        self._transport.unwatch()
+
     @property
     def spoke_early(self) -> bool:
         return self._protocol.connection.trailing_data[0] != b""

@@ -244,6 +244,7 @@ class NatsFeed:
         For the first one, what was waiting for it is history: the feed is live when that has been delivered.
         """
         broadcaster, delivered, pending = self.broadcaster, 0, consumer.backlog
+        await self._rounds.finish()
         if self._was_live or not pending:
             self._caught_up(stream)
         while True:

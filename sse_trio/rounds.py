@@ -110,6 +110,10 @@ class Rounds:
 
     async def _round(self, events: list[Event], head: int, received_at: float) -> None:
         self.broadcaster.publish(events, head, received_at=received_at)
+        await self.finish()
+
+    async def finish(self) -> None:
+        """Serve what is left of a round: of this one, or of one that was cancelled in the middle."""
         while True:
             await trio.lowlevel.checkpoint()
             if not self.broadcaster.deliver():

@@ -177,6 +177,9 @@ class LentConnection(MemoryConnection):
     def look(self) -> None:
         """Everything arrives."""
 
+    def unwatch(self) -> None:
+        """No kernel watches."""
+
     def release(self) -> None:
         self._ours.close()
         self._theirs.close()

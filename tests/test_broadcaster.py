@@ -6,7 +6,9 @@ client; that the real one keeps the same promises is shown in test_connection.py
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,11 +16,12 @@ import trio
 from support import payload
 from trio.testing import assert_no_checkpoints
 
-from sse_trio.audience import Books, Filter
+from sse_trio.audience import Audience, Books, Filter
 from sse_trio.broadcaster import SLICE, Broadcaster, Event
 from sse_trio.client import Client
 from sse_trio.discovery import decode
 from sse_trio.history import Batch
+from sse_trio.rounds import FeedCounters, Rounds
 from sse_trio.settings import Settings
 from sse_trio.sse import Decoder, ServerSentEvent
 
@@ -104,6 +107,8 @@ class Socket:
     def wrote_part(self, batch: Batch, size: int) -> None: ...
 
     def look(self) -> None: ...
+
+    def unwatch(self) -> None: ...
 
 
 async def test_a_client_is_in_the_registry_exactly_while_the_block_runs() -> None:
@@ -336,6 +341,104 @@ async def test_a_large_round_is_served_in_slices() -> None:
             other.__exit__(None, None, None)
 
 
+async def test_a_round_for_many_audiences_is_served_in_slices_with_bytes_that_are_made_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broadcaster = live_broadcaster()
+    made: list[Audience[Client]] = []
+    begin = Audience.begin
+
+    def counting(audience: Audience[Client]) -> Batch | None:
+        made.append(audience)
+        return begin(audience)
+
+    monkeypatch.setattr(Audience, "begin", counting)
+    with ExitStack() as stack:
+        filters = [Filter(min_confidence=n / 10_000) for n in range(4 * SLICE)]
+        clients = [stack.enter_context(broadcaster.subscribe("a", filter)) for filter in filters]
+        broadcaster.publish([event(1, confidence=1), event(2, confidence=0.0001)])
+        turns = 1
+        while len(made) < len(filters):
+            assert len(made) <= turns * SLICE, "no more than a slice of them in one turn"
+            check_books(broadcaster)
+            assert broadcaster.deliver() is (len(made) < len(filters))
+            turns += 1
+        assert turns > 4
+        assert len(set(made)) == len(filters)
+        assert [ids(client) for client in clients[:3]] == [["e-1", "e-2"], ["e-1", "e-2"], ["e-1"]]
+        assert all(ids(client) == ["e-1"] for client in clients[3:])
+        check_books(broadcaster)
+
+
+@pytest.mark.parametrize("comes", ["anew", "by reading on"])
+async def test_who_joins_an_audience_whose_turn_has_still_to_come_is_not_given_the_round_again(comes: str) -> None:
+    broadcaster = live_broadcaster()
+    with ExitStack() as stack:
+        for n in range(2 * SLICE):
+            stack.enter_context(broadcaster.subscribe("a", Filter(min_confidence=n / 10_000)))
+        last = Filter(agents=frozenset({"agent-1"}))
+        there = stack.enter_context(broadcaster.subscribe("there", last))
+        late = stack.enter_context(broadcaster.subscribe("late", last))
+        if comes == "by reading on":
+            late.leave()
+        broadcaster.publish([event(1, agent_id="agent-1"), event(2, agent_id="agent-2")])
+        if comes == "anew":
+            late = stack.enter_context(broadcaster.subscribe("late", last))
+        else:
+            assert [frame.id for frame in broadcaster.read(late, 10)] == ["e-1"]
+            late.written(1, 100)
+        assert is_live(late)
+        assert late.books() == (Books(offered=2, out=1, filtered=1) if comes == "by reading on" else Books())
+        assert there.books() == Books(), "its turn has still to come"
+        while broadcaster.deliver():
+            pass
+        assert (there.books(), ids(there)) == (Books(offered=2, filtered=1, waiting=1), ["e-1"])
+        assert ids(late) == []
+        broadcaster.publish([event(3, agent_id="agent-1")])
+        while broadcaster.deliver():
+            pass
+        assert ids(late) == ["e-3"]
+        check_books(broadcaster)
+
+
+async def test_what_had_passed_an_audience_at_a_place_is_what_counting_from_there_says() -> None:
+    draw = random.Random(1)
+    broadcaster = live_broadcaster(history=60, buffer=1000)
+    only = Filter(agents=frozenset({"agent-1"}))
+    with broadcaster.subscribe("a", only):
+        audience = broadcaster._audiences[only]
+        history, sequence = broadcaster.history, 0
+        for _ in range(300):
+            batch = []
+            for _ in range(draw.randint(1, 5)):
+                sequence += draw.choice([1, 1, 3])
+                batch.append(event(sequence, agent_id=f"agent-{draw.randint(1, 2)}"))
+            broadcaster.publish(batch)
+            while broadcaster.deliver():
+                pass
+            if draw.random() < 0.1:
+                sequence += 1
+                broadcaster.gap("upstream", sequence)
+            for _ in range(draw.randint(0, 3)):
+                place = draw.randint(history.floor, history.head)
+                assert audience.passed_at(place, history) == audience.passed_without(history.after(place, 1000))
+
+
+async def test_a_round_that_was_cancelled_in_the_middle_is_finished_by_who_comes_next() -> None:
+    broadcaster = live_broadcaster()
+    rounds = Rounds(broadcaster, FeedCounters(), 1024)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(broadcaster.subscribe("a")) for _ in range(2 * SLICE)]
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await rounds.publish([(1, "discoveries.insights", payload(1))], 1.0, numbered=True)
+        assert scope.cancelled_caught
+        assert (clients[-1].queued, broadcaster.settled) == (0, 0)
+        await rounds.finish()
+        assert [client.queued for client in clients] == [1] * len(clients)
+        assert broadcaster.settled == 1
+
+
 @pytest.mark.parametrize("resumes", [False, True], ids=["rejoins", "resumes"])
 async def test_who_joins_the_live_path_in_the_middle_of_a_round_is_not_given_it_again(resumes: bool) -> None:
     broadcaster = live_broadcaster()
@@ -386,6 +489,20 @@ async def test_the_settled_head_waits_for_the_last_client_of_a_round() -> None:
 
 
 # -- before the feed is live, cursors, incarnations --------------------------------------------------------------------
+
+
+async def test_who_comes_before_it_is_known_that_there_is_a_stream_reads_on_from_it_too() -> None:
+    broadcaster = Broadcaster(Settings(history=0, buffer=2))
+    with broadcaster.subscribe("early") as early:
+        broadcaster.open_epoch("e", 0, durable=True)
+        broadcaster.go_live()
+        with broadcaster.subscribe("late") as late:
+            for number in range(1, 6):
+                publish(broadcaster, number)
+            assert (early.dropped, late.dropped) == (0, 0)
+            assert not early.live
+            assert not late.live
+            check_books(broadcaster)
 
 
 async def test_who_comes_before_the_feed_is_live_hears_everything_from_then_on() -> None:

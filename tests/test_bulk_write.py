@@ -156,15 +156,17 @@ def test_more_than_fit_are_refused(pair: MakePair) -> None:
 
 FORKS = """
 import os, socket
-from sse_trio.bulk_write import BulkWrite
+from sse_trio.bulk_write import BulkWrite, _queue
 ours, theirs = socket.socketpair()
 ours.setblocking(False)
 bulk = BulkWrite()
 assert bulk.works()
 bulk.add(ours.fileno())
 assert bulk.write(b"the parent, ") == []
+queue = _queue()
 if os.fork() == 0:
     assert bulk.works()
+    assert _queue() is not queue
     assert bulk.write(b"the child") == []
     os._exit(0)
 assert os.wait()[1] == 0
@@ -199,14 +201,19 @@ def test_where_it_is_not_to_be_had_it_is_a_loop(lacking: str, monkeypatch: pytes
     assert (theirs.recv(100), reader.recv(100)) == (b"hello", b"hello")
 
 
-def test_each_thread_has_its_own(pair: MakePair) -> None:
-    def write(bulk: BulkWrite) -> None:
+def test_each_thread_has_its_own(pair: MakePair, request: pytest.FixtureRequest) -> None:
+    all_are_here = threading.Barrier(4)
+
+    def write(bulk: BulkWrite) -> object:
+        all_are_here.wait(10)
         for _ in range(1000):
             assert bulk.write(b"hello") == []
+        return bulk_write._queue()
 
     pairs = [pair() for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(write, [writing_to(ours) for ours, _ in pairs]))
+        queues = list(threads.map(write, [writing_to(ours) for ours, _ in pairs]))
+    assert len(set(queues)) == (4 if request.node.callspec.params["way"] == "together" else 1)
     for _, theirs in pairs:
         left = 5000
         while left:

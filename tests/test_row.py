@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from test_broadcaster import check_books, events, live_broadcaster, publish
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sse_trio import audience, row
+from sse_trio import broadcaster as broadcaster_module
 from sse_trio.audience import CROWD, Books, Filter
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import Client
@@ -30,6 +32,9 @@ from sse_trio.deadline import DeadlineStream
 from sse_trio.history import Batch
 from sse_trio.stream import EventStream
 from sse_trio.testing import cancel_part_at_every_step
+
+SEATS = 8
+"""Of one row, here."""
 
 ROOMY = 60.0
 """A write timeout that nothing here runs into, in seconds."""
@@ -76,6 +81,10 @@ class Crowd:
         self.peers.append(peer)
         return peer
 
+    @property
+    def standing(self) -> list[Peer]:
+        return [peer for peer in self.peers if not peer.sits]
+
     def begin(self, *sequences: int) -> None:
         """Publish, and serve the first slice only."""
         self.broadcaster.publish(events(*sequences))
@@ -105,8 +114,9 @@ def unsent_but_for(vanished: DeadlineStream) -> Callable[[DeadlineStream], int |
 
 @pytest.fixture(autouse=True)
 def rows_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row, "SEATS", 8)
-    monkeypatch.setattr(audience, "SEATS", 8)
+    monkeypatch.setattr(row, "SEATS", SEATS)
+    monkeypatch.setattr(audience, "SEATS", SEATS)
+    monkeypatch.setattr(broadcaster_module, "SLICE", SEATS)
 
 
 @pytest.fixture(params=["a few are seated at once", "many are seated in slices"], autouse=True)
@@ -230,6 +240,26 @@ async def test_who_comes_in_the_middle_of_a_round_hears_what_follows_it() -> Non
         check_books(together.broadcaster)
 
 
+async def test_who_comes_before_the_turn_of_its_crowd_does_not_sit_with_those_who_still_hear_the_round() -> None:
+    async with crowd(0) as together:
+        with ExitStack() as others:
+            for n in range(3 * SEATS):
+                others.enter_context(together.broadcaster.subscribe("other", Filter(min_confidence=(n + 1) / 10_000)))
+            for _ in range(CROWD):
+                await together.join()
+            publish(together.broadcaster, 1)
+            together.begin(2)
+            late = await together.join()
+            together.go_on()
+            assert late in together.standing
+            publish(together.broadcaster, 3)
+            assert late not in together.standing
+            assert await late.hears("e-3") == ["e-3"]
+            for peer in together.peers[:CROWD]:
+                assert await peer.hears("e-3") == ["e-1", "e-2", "e-3"]
+            check_books(together.broadcaster)
+
+
 @pytest.mark.parametrize("how", ["abort", "aclose"])
 async def test_a_socket_that_is_closed_is_never_written_to_under_its_number(how: str) -> None:
     async with crowd(CROWD) as together:
@@ -309,6 +339,44 @@ async def test_who_has_heard_nothing_for_long_has_the_whole_timeout_for_what_com
         monkeypatch.setattr(DeadlineStream, "unsent", unsent_but_for(late.transport))
         publish(together.broadcaster, 3)
         assert late.sits
+
+
+def kernel_timeout(peer: Peer) -> int:
+    return peer.transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+
+async def test_the_kernel_does_not_give_up_on_a_peer_that_more_is_on_its_way_to_than_it_may_have_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audience, "MANY", 1000)  # who stands sits down in a row that there is
+    async with crowd(CROWD) as together:
+        publish(together.broadcaster, 1)
+        for peer in together.peers:
+            await eventually(lambda peer=peer: peer.transport.unsent() == 0, "it has arrived")  # type: ignore[misc]
+            assert peer.client.row is not None
+            peer.client.row._look_at = -math.inf
+        publish(together.broadcaster, 2)
+        watched = [peer for peer in together.peers if kernel_timeout(peer)]
+        assert len(watched) >= CROWD // 2, "little is on its way to them"
+        publish(together.broadcaster, *range(3, 100))
+        assert all(peer.sits for peer in together.peers)
+        assert [kernel_timeout(peer) for peer in together.peers] == [0] * CROWD
+
+        # Who sits down there later is not watched either; and after the next look they are again.
+        watched[0].client.wake()
+        await eventually(lambda: watched[0].client.parked, "it has looked at its state")
+        watched[0].transport._watch(True)
+        publish(together.broadcaster, 100)
+        assert watched[0].sits
+        assert kernel_timeout(watched[0]) == 0
+        for peer in together.peers:
+            await peer.hears("e-100")
+            await eventually(lambda peer=peer: peer.transport.unsent() == 0, "it has arrived")  # type: ignore[misc]
+            assert peer.client.row is not None
+            peer.client.row.look(trio.current_time())
+        assert all(kernel_timeout(peer) for peer in together.peers)
+        publish(together.broadcaster, *range(101, 200))
+        assert not any(kernel_timeout(peer) for peer in together.peers)
 
 
 async def test_small_rows_become_one(monkeypatch: pytest.MonkeyPatch) -> None:

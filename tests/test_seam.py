@@ -190,6 +190,7 @@ class World:
                 assert said["missed"] in {None, len(missing)}, f"{len(missing)} were missing, the gap says {said}"
                 assert said["missed"] is not None or said["reason"] == "expired"
                 named += len(missing)
+        assert list(wanted) == [], "the last were lost without a word"
         return named
 
 

@@ -9,9 +9,7 @@ as its slowest reader, and a cancelled reader takes the publisher's await along.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Awaitable, Callable
-from itertools import islice
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import pytest
 import trio
@@ -19,9 +17,10 @@ from teardown.lab import Lab, discoveries
 from trio.testing import MockClock, assert_no_checkpoints, wait_all_tasks_blocked
 
 from sse_trio import broadcaster
+from sse_trio.audience import Audience
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.client import Client
-from sse_trio.history import Batch, Frame
+from sse_trio.history import Batch
 from sse_trio.testing import TeardownError, act_at_every_step, cancel_part_at_every_step
 
 DIRECT = pytest.mark.parametrize("direct", [True, False], ids=["write-first", "through-the-channel"])
@@ -171,23 +170,21 @@ async def test_publishing_is_no_place_where_anything_else_could_run(autojump_clo
 class OverTheLivingRegistry(Broadcaster):
     """Iterates over the clients themselves, not over a copy: "dictionary changed size during iteration"."""
 
-    def _begin_round(self, frames: list[Frame], received_at: float) -> None:
-        super()._begin_round(frames, received_at)
-        batch = Batch(frames, False, frames, len(frames))
-        living = (client for audience in self._audiences.values() for client in audience.standing)
-
-        def offer(now: float) -> int:
-            return sum(client.offer(batch, now) for client in islice(living, 1))
-
-        self._round = deque(offer for _ in self._round)
+    def _serve(self, audiences: Sequence[Audience[Client]], frames: int) -> Iterator[None]:
+        for audience in audiences:
+            batch = audience.begin()
+            for client in audience.standing:
+                if batch is not None:
+                    client.offer(batch, trio.current_time())
+                yield
 
 
 class ClosesFirst(Broadcaster):
     """Serves a round to those who were there when it began, without asking whether they still are."""
 
     @staticmethod
-    def _offer(pairs: list[tuple[Client, Batch]], now: float) -> int:
-        for client, batch in pairs:
+    def _offer(batch: Batch, clients: list[Client], now: float) -> int:
+        for client in clients:
             for frame in batch.frames:
                 client.send_channel.send_nowait(frame)
         return 0
