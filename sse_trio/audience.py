@@ -219,12 +219,6 @@ class Audience(Generic[Member]):
         self._last = head
         self._known = None
 
-    @property
-    def last(self) -> int:
-        """The last frame of the latest round for it: a live client that is not there yet has still to be served."""
-        self._look()
-        return self._last
-
     def enter(self, client: Member) -> None:
         self.size += 1
         self.standing[client] = None
@@ -300,10 +294,15 @@ class Audience(Generic[Member]):
         self._look()
         return Passed(self._events, self._heard, self._filtered)
 
-    @property
-    def passed_before(self) -> Passed:
-        """What had passed it before the latest round."""
-        return self.passed.less(Passed(*self._round))
+    def passed_live(self, place: int) -> Passed:
+        """What has passed a live client at that place: the latest round only when it has been served it.
+
+        As far as this tells, the round need not be looked at: whoever asks for all asks every audience at once.
+        """
+        if self._coming is not None and place < self._coming[0][0].sequence:
+            return Passed(self._events, self._heard, self._filtered)
+        passed = self.passed
+        return passed.less(Passed(*self._round)) if place < self._last else passed
 
     def passed_without(self, newest: Sequence[Frame]) -> Passed:
         """What had passed it before these frames came, which are the newest."""

@@ -194,7 +194,7 @@ class Broadcaster:
         events = events_among(frames)
         for audience in self._audiences.values():
             audience.expect(frames, events)
-        # Who is here now: a client that comes later is at the head already.
+        # Audiences that are here now. A client that comes later is at the head already: its place tells.
         self._round = self._serve(tuple(self._audiences.values()), len(frames))
 
     def _serve(self, audiences: Sequence[Audience[Client]], frames: int) -> Iterator[None]:

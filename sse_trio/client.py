@@ -149,7 +149,7 @@ class Client:
     def offer(self, batch: Batch, now: float) -> int:
         """Give it a round's frames; the number that went straight into its socket."""
         if not self.live or batch.last <= self.position:
-            return 0  # off the live path, or back on it since this round began: history has given it these
+            return 0  # off the live path, or on it since this round began, at the head: these are not for it
         if self.parked and self.writer is not None:
             try:
                 taken = self.writer.write_now(batch)
@@ -321,9 +321,7 @@ class Client:
         return upto.heard - since.heard
 
     def _account_live(self) -> None:
-        # In the middle of a round, what it has not been served yet has not passed it.
-        audience = self.audience
-        self.account(audience.passed_before if self.position < audience.last else audience.passed)
+        self.account(self.audience.passed_live(self.position))
 
     def pass_by(self, frames: Sequence[Frame]) -> Sequence[Frame]:
         """Enter frames that were read for it; those that it hears, which wait to be written."""

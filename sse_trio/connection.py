@@ -193,7 +193,7 @@ class Connection:
         raise NotImplementedError
 
     def unwatch(self) -> None:
-        """Have the kernel not give up on the peer by itself: more is on its way than any that lives has room for."""
+        """Have the kernel not give up on the peer by itself: more is on its way than it need have room for."""
         raise NotImplementedError
 
     # -- the peer --------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ is not blocked costs nothing extra.
 
 A peer that has vanished blocks nothing: a keep-alive disappears into the kernel. So each write, every now and then,
 asks how much of the earlier ones has arrived (`look`; whoever writes to the socket itself has to ask by that). While no
-more than `SMALL` bytes are on their way, the kernel is told to give up after the timeout by itself (TCP_USER_TIMEOUT).
-Beyond that it must not: it takes a small window for death.
+more than `SMALL` bytes are on their way (twice that, where others write), the kernel is told to give up after the timeout
+by itself (TCP_USER_TIMEOUT). Beyond that it must not: it takes a small window for death.
 
 Once the server is stopping, the peer gets `STOPPING` seconds in all, progress or not: a shutdown is bounded.
 A peer that is cut off gets an RST, so that the kernel frees its buffer at once.

@@ -1,10 +1,10 @@
 """Parked clients that are served together: the fast half of "write first, queue second".
 
 Strategy: a client whose task is parked has nothing outstanding, and one event is to all of an audience the same bytes.
-So when a round begins, an audience that is a crowd puts those that are parked into rows, and a row gets the round's bytes
-in one system call (`bulk_write`). Nothing of a client is touched by that, neither its counters nor its place: these are
-the row's, and a client makes them its own when it stands up or is asked (`settle`). Who takes less than all stands up, and
-goes on by itself as any other. Keep-alives are a row's, too: of a hundred timers the first one's is left.
+So when a round comes to an audience that is a crowd, those that are parked sit down in rows, and a row gets the round's
+bytes in one system call (`bulk_write`). Nothing of a client is touched by that, neither its counters nor its place: these
+are the row's, and a client makes them its own when it stands up or is asked (`settle`). Who takes less than all stands up,
+and goes on by itself as any other. Keep-alives are a row's, too: of a hundred timers the first one's is left.
 
 What always holds: a client sits only while its task is parked and its connection has lent its socket. It stands up before
 anything else writes, before it leaves the live path, and before its socket is closed.
@@ -81,7 +81,7 @@ class Writer(Protocol):
         ...
 
     def unwatch(self) -> None:
-        """Have the kernel not give up on the peer by itself: more is on its way than any that lives has room for."""
+        """Have the kernel not give up on the peer by itself: more is on its way than it need have room for."""
         ...
 
 
@@ -187,7 +187,7 @@ class Row:
                 last.rest_until(self.wrote_at + self._silence)
 
     def owe(self, batch: Batch) -> Callable[[float], int]:
-        """A round begins; what gives its batch to those who still sit here then."""
+        """The turn of its audience has come; what gives the batch to those who still sit here then."""
         self.owed = batch
         return self.serve
 
@@ -238,6 +238,6 @@ class Row:
             guest.look()
 
     def dissolve(self) -> None:
-        """Have all stand up, between two rounds, for another row to take them at once: no timer of theirs is set."""
+        """Have all stand up, while nothing is owed, for another row to take them at once: no timer of theirs is set."""
         for guest in list(self.guests):
             guest.stand_up()

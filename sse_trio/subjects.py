@@ -19,7 +19,7 @@ MAX_LENGTH = 256
 
 
 MAX_TOKENS = 1000
-"""Tokens in all the patterns that a client may ask for: a tree of them takes up to 250 bytes for each."""
+"""Tokens in all the patterns that a client may ask for: a tree of them takes up to 310 bytes for each."""
 
 
 def is_pattern(text: str) -> bool:

@@ -7,7 +7,7 @@ client; that the real one keeps the same promises is shown in test_connection.py
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +20,7 @@ from sse_trio.audience import Audience, Books, Filter
 from sse_trio.broadcaster import SLICE, Broadcaster, Event
 from sse_trio.client import Client
 from sse_trio.discovery import decode
-from sse_trio.history import Batch
+from sse_trio.history import Batch, Frame
 from sse_trio.rounds import FeedCounters, Rounds
 from sse_trio.settings import Settings
 from sse_trio.sse import Decoder, ServerSentEvent
@@ -352,7 +352,15 @@ async def test_a_round_for_many_audiences_is_served_in_slices_with_bytes_that_ar
         made.append(audience)
         return begin(audience)
 
+    looked: list[Filter] = []
+    let_through = Filter.let_through
+
+    def looking(filter: Filter, frames: Sequence[Frame]) -> Sequence[Frame]:
+        looked.append(filter)
+        return let_through(filter, frames)
+
     monkeypatch.setattr(Audience, "begin", counting)
+    monkeypatch.setattr(Filter, "let_through", looking)
     with ExitStack() as stack:
         filters = [Filter(min_confidence=n / 10_000) for n in range(4 * SLICE)]
         clients = [stack.enter_context(broadcaster.subscribe("a", filter)) for filter in filters]
@@ -361,6 +369,7 @@ async def test_a_round_for_many_audiences_is_served_in_slices_with_bytes_that_ar
         while len(made) < len(filters):
             assert len(made) <= turns * SLICE, "no more than a slice of them in one turn"
             check_books(broadcaster)
+            assert len(looked) == len(made), "the books of the others have nothing of this round yet"
             assert broadcaster.deliver() is (len(made) < len(filters))
             turns += 1
         assert turns > 4
