@@ -65,7 +65,7 @@ class Recorder:
 
     def deliver(self) -> bool:
         self._left = max(self._left - 1, 0)
-        return self.blocked or self._left > 0
+        return (self.blocked and bool(self.events)) or self._left > 0
 
     def go_live(self) -> None:
         if not self.live:

@@ -57,7 +57,7 @@ async def test_no_request_that_can_be_made_up_finds_us_other_than_described(
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         (made,) = re.findall(r"(\d+) generated", done.stdout)
         print(f"\n{made} requests")
-        assert int(made) > 100
+        assert int(made) > 30  # which even a busy machine makes in the time; a few hundred are usual
         assert json.loads(report.read_text())
         assert await server.is_live()
         assert "Traceback" not in server.output
