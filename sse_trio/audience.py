@@ -297,7 +297,7 @@ class Audience(Generic[Member]):
     def passed_live(self, place: int) -> Passed:
         """What has passed a live client at that place: the latest round only when it has been served it.
 
-        As far as this tells, the round need not be looked at: whoever asks for all asks every audience at once.
+        One whose turn has still to come is not looked at for that: who asks for all books asks every audience at once.
         """
         if self._coming is not None and place < self._coming[0][0].sequence:
             return Passed(self._events, self._heard, self._filtered)
