@@ -18,7 +18,7 @@ import trio
 from support import NatsServer, eventually, payload, run_server
 from test_attacks import SECRET, token
 
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "15"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
 
 # An id of a page that belongs to another run of the feed is of the right form all the same.
 CONFIGURATION = """
@@ -57,7 +57,7 @@ async def test_no_request_that_can_be_made_up_finds_us_other_than_described(
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         (made,) = re.findall(r"(\d+) generated", done.stdout)
         print(f"\n{made} requests")
-        assert int(made) > 30  # which even a busy machine makes in the time; a few hundred are usual
+        assert int(made) > 100
         assert json.loads(report.read_text())
         assert await server.is_live()
         assert "Traceback" not in server.output

@@ -450,6 +450,16 @@ async def test_a_large_backlog_waits_in_the_server_and_not_in_our_memory(
             assert recorder.numbers == list(range(1, 1001))
 
 
+async def test_a_consumer_begins_by_finishing_the_round_that_the_one_before_it_has_left(nats: NatsServer) -> None:
+    async with operator(nats) as others:
+        await others.create_stream()
+        await others.share(1)
+        recorder = Recorder()
+        recorder._left = 3  # what is published before that is over is a round in the middle of another
+        async with running(nats, recorder):
+            await recorder.hears(1)
+
+
 async def test_the_longer_reply_subjects_of_servers_to_come_are_understood(tmp_path: Path) -> None:
     config = tmp_path / "nats.conf"
     config.write_text("feature_flags { js_ack_fc_v2: true }")
