@@ -21,6 +21,7 @@ Read it from the bottom; a module imports only from lower layers (tests/test_lay
        rounds                           what NATS brings, decoded in rounds
        nats_connection, nats_client     one crash-only connection to NATS
        tokens, jwks, limits, logs       tokens and their keys; how many at once; logging
+       accepting                        a crowd that comes at once, taken in and begun one by one
     0  settings, discovery, sse,        values and wire formats
        subjects, addresses,
        nats_protocol, deadline          … and a stream whose writes have a deadline

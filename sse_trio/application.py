@@ -26,7 +26,7 @@ from sse_trio.asgi import ASGIConnection, RefusedWebSocket
 from sse_trio.broadcaster import Broadcaster
 from sse_trio.collector import Collector
 from sse_trio.connection import Worker
-from sse_trio.hypercorn_connection import contain_failures
+from sse_trio.hypercorn_connection import accept_eagerly, contain_failures
 from sse_trio.logs import configure_logging
 from sse_trio.metrics import Metrics
 from sse_trio.nats_feed import NatsFeed
@@ -128,6 +128,7 @@ class App(QuartTrio):
         """Start what runs in the nursery; returns when the feed has been live or has failed once."""
         self.nursery = nursery
         contain_failures()
+        accept_eagerly()
         self.broadcaster.stopping = None
         self._worker = None
         if self.owns_process:

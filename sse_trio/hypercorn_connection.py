@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, cast
 
 import h11
+import hypercorn.trio.run
 import structlog
 import trio
 from h2.errors import ErrorCodes
@@ -29,10 +31,11 @@ from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent
 
+from sse_trio.accepting import EagerListener
 from sse_trio.connection import Connection, Headers, PeerGone, Respond, Writable
 from sse_trio.deadline import DeadlineStream, OutOfPatience
 
-__all__ = ["chunk", "connection_below", "contain_failures"]
+__all__ = ["accept_eagerly", "chunk", "connection_below", "contain_failures"]
 
 log = structlog.get_logger("sse_trio.connection")
 
@@ -419,6 +422,14 @@ class _Streams(dict[int, HTTPStream | WSStream]):
 class _Gone:
     async def handle(self, event: object) -> None:
         """Ignore it."""
+
+
+def accept_eagerly() -> None:
+    """Have Hypercorn's trio worker, when it starts to listen, do so with an `EagerListener`.
+
+    It makes its listeners itself, by the name `trio.SocketListener`; so its module's `trio` is one where that is ours.
+    """
+    vars(hypercorn.trio.run)["trio"] = SimpleNamespace(**vars(trio) | {"SocketListener": EagerListener})
 
 
 def contain_failures() -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 from sse_trio.addresses import parse_address
 from sse_trio.settings import Settings
 
-__all__ = ["AtCapacity", "LimitStatistics", "Limits", "Refused", "effective_max_connections"]
+__all__ = ["FD_RESERVE", "AtCapacity", "LimitStatistics", "Limits", "Refused", "effective_max_connections"]
 
 FD_RESERVE = 128
 """File descriptors kept for what is no stream: NATS, listeners, logs, other requests, a moment of

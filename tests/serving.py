@@ -33,7 +33,7 @@ from support import WITHIN, Dechunker, eventually, fail_within
 
 from sse_trio.asgi import ASGIConnection, RefusedWebSocket
 from sse_trio.connection import Connection, ConnectionResponse, Worker
-from sse_trio.hypercorn_connection import contain_failures
+from sse_trio.hypercorn_connection import accept_eagerly, contain_failures
 
 TIMEOUT = 1.0
 """The write timeout of these servers, in seconds."""
@@ -159,6 +159,7 @@ async def serving(
         return str(len(await request.get_data(as_text=False)))
 
     contain_failures()
+    accept_eagerly()
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.graceful_timeout = graceful

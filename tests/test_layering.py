@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "sse_trio"
 LAYERS: dict[str, str] = {
     "0": "addresses bulk_write deadline discovery nats_protocol settings sse subjects testing",
     "1": "history jwks limits logs nats_client rounds",
-    "1, upstairs": "nats_connection row tokens",
+    "1, upstairs": "accepting nats_connection row tokens",
     "1, another flight up": "audience",
     "1, under the roof": "client",
     "2": "broadcaster",

@@ -176,6 +176,12 @@ def test_an_ssl_stream_reads_and_writes_through_its_attribute_transport_stream()
 
 SOURCES: list[tuple[Callable[..., Any], set[str], str]] = [
     (
+        hypercorn.trio.run.worker_serve,
+        {"8dc8347a9fc3"},
+        "It makes its listeners with trio.SocketListener, after the app's start-up (accept_eagerly), and gives them to "
+        "trio.serve_listeners, which says that no file is left, and waits.",
+    ),
+    (
         TCPServer.protocol_send,
         {"225856426bff"},
         "It writes in a shield without a deadline, and takes Broken- and ClosedResourceError for the peer's leaving.",
