@@ -16,6 +16,7 @@ import trio.testing
 from serving import Gate, certificate, serving
 from support import fail_within
 
+from sse_trio import accepting
 from sse_trio.accepting import AT_ONCE, EagerListener
 from sse_trio.limits import FD_RESERVE
 
@@ -48,12 +49,30 @@ class Door:
                 return count
             count += 1
 
-    async def next(self) -> object:
-        """The address of the next peer that is handed out."""
+    def waiting(self) -> int:
+        """How many have been taken out of the kernel, and not been handed out."""
+        return len(self.listener._waiting)
+
+    async def accept(self) -> trio.SocketStream:
         with fail_within(WITHIN, "a connection"):
-            async with await self.listener.accept() as stream:
-                peer: object = stream.socket.getpeername()
-                return peer
+            return await self.listener.accept()
+
+    async def accept_closed(self) -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await self.accept()
+
+    async def next(self) -> object:
+        """The address of the peer that is handed out next; its connection is closed."""
+        async with await self.accept() as stream:
+            peer: object = stream.socket.getpeername()
+            return peer
+
+
+async def cancelled(door: Door) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await door.listener.accept()
+    assert scope.cancelled_caught
 
 
 class Counter(trio.abc.Instrument):
@@ -105,12 +124,20 @@ def more_files(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_whoever_knocks_is_handed_out_in_order_each_once(door: Door) -> None:
+async def test_everyone_is_handed_out_once(door: Door) -> None:
     peers = door.knock(3 * AT_ONCE + 1)
-
-    assert [await door.next() for _ in peers] == names(peers)
+    assert {await door.next() for _ in peers} == set(names(peers))
     late = door.knock(1)
     assert [await door.next()] == names(late), "and after the crowd it is as before"
+
+
+async def test_the_oldest_and_the_newest_go_in_turn(door: Door) -> None:
+    """Who has just come, to ask for `/health` perhaps, is not the last of a crowd; nor does the crowd stand still."""
+    first, *crowd = names(door.knock(9))
+    assert await door.next() == first
+    assert [await door.next() for _ in range(2)] == [crowd[0], crowd[-1]]
+    late = names(door.knock(1))
+    assert [await door.next() for _ in range(7)] == [crowd[1], *late, crowd[2], crowd[6], crowd[3], crowd[5], crowd[4]]
 
 
 async def test_with_the_first_of_a_crowd_the_others_have_left_the_kernels_queue(door: Door) -> None:
@@ -125,78 +152,95 @@ async def test_one_turn_of_the_loop_takes_a_bounded_number(door: Door) -> None:
     assert door.left_in_the_kernel() == 5
 
 
+async def test_so_many_wait_at_most(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accepting, "MOST_WAITING", 7)
+    peers = door.knock(20)
+    handed_out = [await door.next()]
+    assert len(peers) - len(handed_out) - door.left_in_the_kernel() == 7
+
+
 async def test_one_is_handed_out_in_a_turn_of_the_loop(door: Door, counter: Counter) -> None:
     """So ten thousand do not begin together, while others wait for the end of that turn."""
     peers = door.knock(10)
     await door.next()
     for handed_out in range(1, len(peers)):
         before = counter.turns
-        (await door.listener.accept()).socket.close()
+        (await door.accept()).socket.close()
         assert counter.turns == before + 1, handed_out
 
 
 async def test_a_cancelled_accept_loses_nobody(door: Door) -> None:
     peers = door.knock(3)
-    for _ in range(2):
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await door.listener.accept()
-        assert scope.cancelled_caught
+    await cancelled(door)
     assert await door.next() == names(peers)[0], "cancelled before any was taken out"
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await door.listener.accept()
-    assert scope.cancelled_caught
-    assert [await door.next() for _ in peers[1:]] == names(peers)[1:], "and after"
+    await cancelled(door)
+    assert [await door.next() for _ in peers[1:]] == names(peers)[1:3], "and after"
 
 
 async def test_where_no_file_is_left_those_that_were_taken_come_first_and_then_the_error(door: Door) -> None:
     peers = door.knock(AT_ONCE + 3)
-    assert await door.next() == names(peers)[0]
+    await door.next()
     with more_files(0):
-        handed_out = [await door.listener.accept() for _ in range(AT_ONCE)]
+        handed_out = [await door.accept() for _ in range(AT_ONCE)]
         with pytest.raises(OSError, match="Too many open files") as caught:
-            await door.listener.accept()
+            await door.accept()
     assert caught.value.errno == errno.EMFILE, "which trio's serve_listeners says, and waits"
-    assert [stream.socket.getpeername() for stream in handed_out] == names(peers)[1 : AT_ONCE + 1]
     for stream in handed_out:
         stream.socket.close()
     assert [await door.next() for _ in range(2)] == names(peers)[AT_ONCE + 1 :], "who waited in the kernel is not lost"
 
 
 async def test_those_who_wait_leave_the_last_files_to_who_is_served(door: Door) -> None:
-    peers = door.knock(20)
-    with more_files(FD_RESERVE + 5):
-        handed_out = [await door.next()]
-        assert door.left_in_the_kernel() == 14, "five wait here"
-        handed_out += [await door.next() for _ in range(5)]
-    assert handed_out == names(peers)[:6]
+    """Also when each that is handed out keeps its file, and the kernel has more."""
+    door.knock(60)
+    served: list[trio.SocketStream] = []
+    with more_files(FD_RESERVE + 20):
+        while door.waiting() or not served:
+            served.append(await door.accept())
+            assert len(served) + door.waiting() <= 21, "20, and the one that shows that they are few"
+        served.append(await door.accept())
+        assert door.waiting() == 1, "from then on one, as without all this"
+    for stream in served:
+        stream.socket.close()
 
 
-async def test_closing_it_closes_those_that_were_not_handed_out(door: Door) -> None:
-    files = len(os.listdir("/proc/self/fd"))
-    peers = door.knock(4)
+async def test_closing_it_closes_those_that_wait(door: Door) -> None:
+    _, *others = door.knock(4)
     await door.next()
     await door.listener.aclose()
-    for peer in peers[1:]:
+    for peer in others:
         assert peer.recv(1) == b"", "it has heard the end"
-        peer.close()
-    with pytest.raises(trio.ClosedResourceError):
-        await door.listener.accept()
-    peers[0].close()
-    assert len(os.listdir("/proc/self/fd")) == files - 2, "the listening socket, and our copy of it"
+    await door.accept_closed()
 
 
-async def test_closing_wakes_who_accepts(door: Door) -> None:
+async def test_closing_it_ends_an_accept(door: Door) -> None:
     async with trio.open_nursery() as nursery:
-
-        async def accept() -> None:
-            with pytest.raises(trio.ClosedResourceError):
-                await door.listener.accept()
-
-        nursery.start_soon(accept)
+        nursery.start_soon(door.accept_closed)
         await trio.testing.wait_all_tasks_blocked()
         await door.listener.aclose()
+
+
+@pytest.mark.parametrize("_", range(10))
+async def test_closing_it_ends_an_accept_that_has_a_crowd_before_it(door: Door, _: int) -> None:
+    """The two begin in one turn of the loop, in either order: an accept is in its turn then, or has not begun."""
+    door.knock(3)
+    await door.next()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.accept_closed)
+        nursery.start_soon(door.listener.aclose)
+
+
+async def test_a_listener_of_its_own_kind_may_be_a_unix_socket(tmp_path: Path) -> None:
+    with ExitStack() as opened:
+        listening = opened.enter_context(socket.socket(socket.AF_UNIX))
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen(10)
+        async with EagerListener(trio.socket.from_stdlib_socket(listening)) as listener:
+            for _ in range(3):
+                opened.enter_context(socket.socket(socket.AF_UNIX)).connect(str(tmp_path / "socket"))
+            for _ in range(3):
+                with fail_within(WITHIN, "a connection"):
+                    (await listener.accept()).socket.close()
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
