@@ -5,6 +5,8 @@ Strategy: a scenario is listed once, for all modes; `quick` ones are the table's
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .runs import Scenario
 
 CLIENTS = (100, 1_000, 5_000, 10_000)
@@ -39,6 +41,7 @@ def quick() -> list[Scenario]:
             0,
             ("floor", "sse-trio", "sse-trio-2", "nchan", "baseline"),
             at_once=0,
+            probe_ms=200,
         ),
         Scenario(
             "burst",
@@ -77,7 +80,7 @@ def full() -> list[Scenario]:
     for key in ("connect", "reconnect"):
         old = scenarios[key]
         everyone = (*GRID, "sse-trio-tls", "sse-trio-h2")
-        scenarios[key] = Scenario(old.key, old.title, old.clients, 0, 0, everyone, old.at_once)
+        scenarios[key] = replace(old, contenders=everyone)
     return list(scenarios.values())
 
 

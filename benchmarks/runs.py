@@ -61,6 +61,7 @@ def run(scenario: Scenario, contender: Contender, tools: Tools, directory: Path)
 def measure(scenario: Scenario, server: Running, load: Path) -> Sample:
     """Put the load on a server that answers."""
     before = usage(server.pid)
+    _watch_turns(server)
     process = subprocess.Popen(
         [str(load), *_options(scenario, server)],
         stdin=subprocess.PIPE,
@@ -73,8 +74,8 @@ def measure(scenario: Scenario, server: Running, load: Path) -> Sample:
             connected = _step(process)
             time.sleep(1.0 if scenario.clients > 1000 else 0.3)  # what connecting has left over is done with
             idle = usage(server.pid)
-            if server.setting.turns is not None:
-                turns.reset(server.setting.turns)
+            if scenario.rate:
+                _watch_turns(server)
             _go_on(process)
             done = _step(process)
             after = usage(server.pid)
@@ -117,6 +118,11 @@ def measure(scenario: Scenario, server: Running, load: Path) -> Sample:
     if longest:  # 0: not watched, or not one that can tell
         sample["longest_turn_ms"] = longest * 1e3
     return sample
+
+
+def _watch_turns(server: Running) -> None:
+    if server.setting.turns is not None:
+        turns.reset(server.setting.turns)
 
 
 def _options(scenario: Scenario, server: Running) -> list[str]:

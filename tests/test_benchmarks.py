@@ -163,6 +163,17 @@ async def test_what_a_server_does_meanwhile_is_in_the_row(tools: Tools, tmp_path
     assert "Longest turn of the event loop, from inside" in report(scenario, sample)
 
 
+async def test_what_others_wait_while_a_crowd_connects_is_in_the_row(tools: Tools, tmp_path: Path) -> None:
+    scenario = Scenario("reconnect", "a small crowd at once", 50, 0, 0, ("sse-trio",), at_once=0, probe_ms=5)
+    with fail_within(WITHIN, "the run is over"):
+        sample = await trio.to_thread.run_sync(run, scenario, CONTENDERS["sse-trio"], tools, tmp_path / "run")
+    assert sample["ready"] == 50
+    assert sample["probe_failed"] == 0
+    assert 1 <= sample["probe_ms"]["count"] < sample["connect_seconds"] / 0.005 + 2, "asked until all were there"
+    assert 0 < sample["longest_turn_ms"] < sample["connect_seconds"] * 1e3
+    assert "`/health` meanwhile p99" in report(scenario, sample)
+
+
 async def test_a_run_becomes_a_row_of_the_report(tools: Tools, tmp_path: Path) -> None:
     scenario = Scenario("fanout-20x50", "20 clients, 50 events/s", 20, 50, 0.5, ("floor",))
     with fail_within(WITHIN, "the run is over"):

@@ -34,7 +34,7 @@ static const char usage[] =
     "  --rate N --seconds N   discoveries a second, and for how long (rate 0: only listen)\n"
     "  --drain SECONDS      for the last ones to arrive [10]\n"
     "  --silence SECONDS    nothing for so long after publishing means: nothing more will come [3]\n"
-    "  --probe PATH --probe-interval MS               asks this of the server meanwhile [50]\n";
+    "  --probe PATH --probe-interval MS               asks this of the server meanwhile, at rate 0 while all connect [50]\n";
 
 static struct {
     Target target;
@@ -243,14 +243,18 @@ int main(int argc, char **argv) {
     wire_setup(&o.target);
     epoll = epoll_create1(EPOLL_CLOEXEC);
     make_clients();
-    print_connected(connect_all());
+    bool only_connects = !o.publisher.total; /* then that is what the probe watches */
+    if (only_connects) probe_start(&o.probe);
+    double seconds = connect_all();
+    if (only_connects) probe_stop(&o.probe);
+    print_connected(seconds);
     wait_for_line();
 
     uint64_t began = now_ns();
-    probe_start(&o.probe);
+    if (!only_connects) probe_start(&o.probe);
     if (o.publisher.kind != NOBODY && o.publisher.total) publisher_start(&o.publisher);
     read_all(began);
-    probe_stop(&o.probe);
+    if (!only_connects) probe_stop(&o.probe);
     print_done(began);
     wait_for_line();
     return 0;
