@@ -9,6 +9,7 @@
 # some of them measure then mean less, so it is one by default.
 SHELL := /bin/bash
 JOBS ?= 1
+AT_ONCE := $(if $(filter-out 1,$(JOBS)),--numprocesses=$(JOBS) --dist=loadfile)
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION_TESTS := $(patsubst %,tests/test_%.py,wire outages stream broadcaster seam history sse discovery settings connection \
@@ -29,19 +30,19 @@ demo: $(VENV)/demo.stamp
 
 test: check tools
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(if $(filter-out 1,$(JOBS)),--numprocesses=$(JOBS) --dist=loadfile) $(PYTEST)
+	$(BIN)/coverage run -m pytest $(AT_ONCE) $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
 # What differs between Pythons, and between Quart-Trio 0.12 and 0.13: for the other versions, after `make test` on one.
 versions: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(VERSION_TESTS) $(PYTEST)
+	$(BIN)/python -m pytest $(AT_ONCE) $(VERSION_TESTS) $(PYTEST)
 
 # The same without what makes it fast, where that is another way through: SSE_DIRECT_WRITES does it for any target.
 MODE_TESTS := $(patsubst %,tests/test_%.py,wire stream broadcaster seam books)
 modes: $(VENV)/dev.stamp
-	SSE_DIRECT_WRITES=single $(BIN)/python -m pytest $(MODE_TESTS) $(PYTEST)
-	SSE_DIRECT_WRITES=off $(BIN)/python -m pytest $(MODE_TESTS) $(PYTEST)
+	SSE_DIRECT_WRITES=single $(BIN)/python -m pytest $(AT_ONCE) $(MODE_TESTS) $(PYTEST)
+	SSE_DIRECT_WRITES=off $(BIN)/python -m pytest $(AT_ONCE) $(MODE_TESTS) $(PYTEST)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/mypy

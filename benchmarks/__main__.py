@@ -121,6 +121,7 @@ def _line(sample: Sample) -> str:
             text += f", {sample['wrong']} doubled, out of order or foreign"
     if "probe_ms" in sample:
         text += f"; health p99 {sample['probe_ms']['p99']:.1f} max {sample['probe_ms']['max']:.1f} ms"
+        text += f", {sample['probe_failed']} failed" if sample["probe_failed"] else ""
     if "longest_turn_ms" in sample:
         text += f", longest turn of the loop {sample['longest_turn_ms']:.1f} ms"
     return text

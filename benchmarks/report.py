@@ -7,6 +7,7 @@ spread is least–most over the rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -143,14 +144,14 @@ def probe_lines(table: Table, scenario: str) -> list[str]:
     for key in table.contenders(scenario):
         probes = [row["probe_ms"] for row in table.rows(scenario, key) if row.get("probe_ms")]
         if probes:
-            p99 = show(Spread.of(probe["p99"] for probe in probes), " ms")
-            longest = show(Spread.of(probe["max"] for probe in probes), " ms")
+            failed = sum(row.get("probe_failed", 0) for row in table.rows(scenario, key))
+            answered = [probe for probe in probes if probe["count"]]
+            p99 = show(Spread.of(probe["p99"] for probe in answered), " ms")
+            longest = show(Spread.of(probe["max"] for probe in answered), " ms")
+            times = f"p99 {p99}, longest {longest}, {failed} failed" if answered else f"all {failed} failed"
             turn = table.value(scenario, key, "longest_turn_ms")
             inside = f" Longest turn of the event loop, from inside: {show(turn, ' ms')}." if turn else ""
-            failed = sum(row.get("probe_failed", 0) for row in table.rows(scenario, key))
-            lines.append(
-                f"* {CONTENDERS[key].label}: `/health` meanwhile p99 {p99}, longest {longest}, {failed} failed.{inside}"
-            )
+            lines.append(f"* {CONTENDERS[key].label}: `/health` meanwhile {times}.{inside}")
     return lines
 
 
@@ -182,7 +183,12 @@ def _value(scenario: str, name: str, ours: str = "sse-trio") -> Callable[[Table]
 
 
 def _probe(scenario: str, name: str, ours: str = "sse-trio") -> Callable[[Table], Spread | None]:
-    return lambda table: Spread.of(row["probe_ms"][name] for row in table.rows(scenario, ours) if row.get("probe_ms"))
+    """One that was not answered has waited for ever."""
+    return lambda table: Spread.of(
+        math.inf if row.get("probe_failed") else row["probe_ms"][name]
+        for row in table.rows(scenario, ours)
+        if row.get("probe_ms")
+    )
 
 
 def _everyone(spread: Spread) -> bool:

@@ -174,6 +174,25 @@ async def test_what_others_wait_while_a_crowd_connects_is_in_the_row(tools: Tool
     assert "`/health` meanwhile p99" in report(scenario, sample)
 
 
+def test_a_probe_that_was_not_answered_is_told_and_reaches_no_aim() -> None:
+    scenario = Scenario("burst", "a burst", 5, 2_000, 0.5, ("sse-trio",), probe_ms=5)
+    sample = {"scenario": "burst", "contender": "sse-trio", "clients": 5, "share": 1.0}
+    answered = {"probe_ms": {"count": 9, "p99": 3.0, "max": 4.0}}
+    none = {"probe_ms": {"count": 0, "p99": 0.0, "max": 0.0}}
+    text = report(scenario, sample | answered | {"probe_failed": 0})
+    assert "`/health` meanwhile p99 3.00 ms, longest 4.00 ms, 0 failed." in text
+    assert "| longest wait of `/health` ≤ 50 ms | 4.00 ms | reached |" in text
+    assert "**missed**" in aim(report(scenario, sample | answered | {"probe_failed": 1}))
+    text = report(scenario, sample | none | {"probe_failed": 2})
+    assert "`/health` meanwhile all 2 failed." in text
+    assert "**missed**" in aim(text)
+
+
+def aim(text: str) -> str:
+    (line,) = (line for line in text.splitlines() if "longest wait of `/health`" in line)
+    return line
+
+
 async def test_a_run_becomes_a_row_of_the_report(tools: Tools, tmp_path: Path) -> None:
     scenario = Scenario("fanout-20x50", "20 clients, 50 events/s", 20, 50, 0.5, ("floor",))
     with fail_within(WITHIN, "the run is over"):
