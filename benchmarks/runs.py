@@ -112,9 +112,10 @@ def measure(scenario: Scenario, server: Running, load: Path) -> Sample:
             "max_ms": done["latency_ms"]["max"],
             "cpu_us_per_delivery": (after.cpu - idle.cpu) * 1e6 / delivered if delivered else None,
         }
-    if scenario.probe_ms and "probe_ms" in done:
-        sample["probe_ms"] = done["probe_ms"]
-        sample["probe_failed"] = done["probe_failed"]
+    probed = done if scenario.rate else connected
+    if scenario.probe_ms and "probe_ms" in probed:
+        sample["probe_ms"] = probed["probe_ms"]
+        sample["probe_failed"] = probed["probe_failed"]
     if longest:  # 0: not watched, or not one that can tell
         sample["longest_turn_ms"] = longest * 1e3
     return sample

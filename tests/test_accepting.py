@@ -1,4 +1,7 @@
-"""A crowd that comes at once: taken out of the kernel's queue, and begun one by one. On real sockets."""
+"""A crowd that comes at once: taken out of the kernel's queue, and begun one by one. On real sockets.
+
+Most of it is shown with a few connections, of which all are taken out in a turn (PART = 1), and not a 64th.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,10 +20,12 @@ from serving import Gate, certificate, serving
 from support import fail_within
 
 from sse_trio import accepting
-from sse_trio.accepting import AT_ONCE, EagerListener
+from sse_trio.accepting import AT_ONCE, PART, EagerListener
 from sse_trio.limits import FD_RESERVE
 
 WITHIN = 5.0  # seconds
+
+SetPart = Callable[[int], None]
 
 
 class Door:
@@ -98,7 +103,18 @@ async def counter() -> AsyncIterator[Counter]:
 
 
 @pytest.fixture
-async def door() -> AsyncIterator[Door]:
+def part(monkeypatch: pytest.MonkeyPatch) -> SetPart:
+    """Sets PART, which is 1 at first."""
+
+    def set_part(part: int) -> None:
+        monkeypatch.setattr(accepting, "PART", part)
+
+    set_part(1)
+    return set_part
+
+
+@pytest.fixture
+async def door(part: SetPart) -> AsyncIterator[Door]:
     with ExitStack() as peers:
         listening = socket.create_server(("127.0.0.1", 0), backlog=1000)
         listening.setblocking(False)
@@ -124,26 +140,41 @@ def more_files(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_everyone_is_handed_out_once(door: Door) -> None:
-    peers = door.knock(3 * AT_ONCE + 1)
+async def test_everyone_is_handed_out_once(door: Door, part: SetPart) -> None:
+    part(PART)
+    peers = door.knock(3 * PART)
     assert {await door.next() for _ in peers} == set(names(peers))
     late = door.knock(1)
     assert [await door.next()] == names(late), "and after the crowd it is as before"
 
 
-async def test_the_oldest_and_the_newest_go_in_turn(door: Door) -> None:
-    """Who has just come, to ask for `/health` perhaps, is not the last of a crowd; nor does the crowd stand still."""
-    first, *crowd = names(door.knock(9))
+async def test_in_a_crowd_the_kernels_queue_and_those_that_wait_go_in_turn(door: Door, part: SetPart) -> None:
+    """Who has just come, to ask for `/health` perhaps, is not behind all of a crowd; nor does the crowd stand still."""
+    first, *crowd = names(door.knock(5))
     assert await door.next() == first
-    assert [await door.next() for _ in range(2)] == [crowd[0], crowd[-1]]
-    late = names(door.knock(1))
-    assert [await door.next() for _ in range(7)] == [crowd[1], *late, crowd[2], crowd[6], crowd[3], crowd[5], crowd[4]]
+    part(PART)
+    late = names(door.knock(3))
+    assert [await door.next() for _ in range(7)] == [late[0], crowd[0], late[1], crowd[1], late[2], crowd[2], crowd[3]]
 
 
-async def test_with_the_first_of_a_crowd_the_others_have_left_the_kernels_queue(door: Door) -> None:
-    door.knock(1 + AT_ONCE)
+async def test_of_a_long_queue_a_part_is_taken_out_in_each_turn(door: Door, part: SetPart) -> None:
+    part(PART)
+    door.knock(1 + 2 * PART + 5)
     await door.next()
-    assert door.left_in_the_kernel() == 0
+    assert door.waiting() == 2
+    await door.next()  # from the kernel
+    assert door.waiting() == 2 + 2
+    await door.next()
+    assert door.waiting() == 2 + 2 - 1 + 2
+    assert door.left_in_the_kernel() == 2 * PART - 2, "less than two parts, so the next would be one"
+
+
+async def test_a_short_queue_is_left_to_the_worker_that_comes_first(door: Door, part: SetPart) -> None:
+    part(PART)
+    peers = door.knock(PART)
+    for _ in peers:
+        await door.next()
+        assert door.waiting() == 0
 
 
 async def test_one_turn_of_the_loop_takes_a_bounded_number(door: Door) -> None:
@@ -244,8 +275,9 @@ async def test_a_listener_of_its_own_kind_may_be_a_unix_socket(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-async def test_hypercorn_accepts_that_way(tls: bool, tmp_path: Path, counter: Counter) -> None:
+async def test_hypercorn_accepts_that_way(tls: bool, tmp_path: Path, counter: Counter, part: SetPart) -> None:
     """Whichever command has started it: it is Hypercorn's own worker that takes this listener."""
+    part(1)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         bind = [f"fd://{os.dup(listening.fileno())}"]

@@ -170,7 +170,7 @@ async def test_what_others_wait_while_a_crowd_connects_is_in_the_row(tools: Tool
     assert sample["ready"] == 50
     assert sample["probe_failed"] == 0
     assert 1 <= sample["probe_ms"]["count"] < sample["connect_seconds"] / 0.005 + 2, "asked until all were there"
-    assert 0 < sample["longest_turn_ms"] < sample["connect_seconds"] * 1e3
+    assert 0 < sample["longest_turn_ms"] < WITHIN * 1e3
     assert "`/health` meanwhile p99" in report(scenario, sample)
 
 

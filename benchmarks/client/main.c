@@ -180,13 +180,24 @@ static void print_histogram(const char *name, const Histogram *histogram) {
            histogram_ms(histogram, 0.99), (double)histogram->max / 1e6);
 }
 
+static void print_probe(void) {
+    if (!o.probe.path) return;
+    print_histogram("probe_ms", &o.probe.latency);
+    printf(",\"probe_failed\":%ju", (uintmax_t)o.probe.failed);
+}
+
+/* Without a load, connecting is what the probe watches. */
+static bool only_connects(void) { return !o.publisher.total; }
+
 static void print_connected(double seconds) {
     printf("{\"step\":\"connected\",\"clients\":%d,\"ready\":%u,\"seconds\":%.4f", o.clients, books.ready, seconds);
     print_histogram("ready_ms", &books.connecting);
     printf(",\"failures\":{");
     for (int i = 0, printed = 0; i < FAILURES; i++)
         if (failures[i]) printf("%s\"%s\":%ju", printed++ ? "," : "", failure_names[i], (uintmax_t)failures[i]);
-    printf("},\"last_bad_status\":%d}\n", last_bad_status);
+    printf("},\"last_bad_status\":%d", last_bad_status);
+    if (only_connects()) print_probe();
+    puts("}");
 }
 
 static void read_all(uint64_t began) {
@@ -230,10 +241,7 @@ static void print_done(uint64_t began) {
     printf(",\"publisher\":{\"seconds\":%.4f,\"behind_ms\":%.3f,\"rejected\":%ju}",
            published && o.publisher.total ? (double)(o.publisher.ended - o.publisher.began) / 1e9 : 0,
            (double)o.publisher.latest / 1e6, (uintmax_t)o.publisher.rejected);
-    if (o.probe.path) {
-        print_histogram("probe_ms", &o.probe.latency);
-        printf(",\"probe_failed\":%ju", (uintmax_t)o.probe.failed);
-    }
+    if (!only_connects()) print_probe();
     puts("}");
 }
 
@@ -243,18 +251,17 @@ int main(int argc, char **argv) {
     wire_setup(&o.target);
     epoll = epoll_create1(EPOLL_CLOEXEC);
     make_clients();
-    bool only_connects = !o.publisher.total; /* then that is what the probe watches */
-    if (only_connects) probe_start(&o.probe);
+    if (only_connects()) probe_start(&o.probe);
     double seconds = connect_all();
-    if (only_connects) probe_stop(&o.probe);
+    if (only_connects()) probe_stop(&o.probe);
     print_connected(seconds);
     wait_for_line();
 
     uint64_t began = now_ns();
-    if (!only_connects) probe_start(&o.probe);
+    if (!only_connects()) probe_start(&o.probe);
     if (o.publisher.kind != NOBODY && o.publisher.total) publisher_start(&o.publisher);
     read_all(began);
-    if (!only_connects) probe_stop(&o.probe);
+    if (!only_connects()) probe_stop(&o.probe);
     print_done(began);
     wait_for_line();
     return 0;
