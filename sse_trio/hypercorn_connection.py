@@ -425,7 +425,7 @@ class _Gone:
 
 
 def accept_eagerly() -> None:
-    """Have Hypercorn's trio worker, when it starts to listen, do so with an `EagerListener`.
+    """Have Hypercorn's trio worker, this and any later one in the process, listen with an `EagerListener`.
 
     It makes its listeners itself, by the name `trio.SocketListener`; so its module's `trio` is one where that is ours.
     """

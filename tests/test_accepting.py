@@ -261,7 +261,7 @@ async def test_closing_it_ends_an_accept_that_has_a_crowd_before_it(door: Door, 
         nursery.start_soon(door.listener.aclose)
 
 
-async def test_a_listener_of_its_own_kind_may_be_a_unix_socket(tmp_path: Path) -> None:
+async def test_it_may_listen_on_a_unix_socket(tmp_path: Path) -> None:
     with ExitStack() as opened:
         listening = opened.enter_context(socket.socket(socket.AF_UNIX))
         listening.bind(str(tmp_path / "socket"))
@@ -275,9 +275,9 @@ async def test_a_listener_of_its_own_kind_may_be_a_unix_socket(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-async def test_hypercorn_accepts_that_way(tls: bool, tmp_path: Path, counter: Counter, part: SetPart) -> None:
+@pytest.mark.usefixtures("part")
+async def test_hypercorn_accepts_that_way(tls: bool, tmp_path: Path, counter: Counter) -> None:
     """Whichever command has started it: it is Hypercorn's own worker that takes this listener."""
-    part(1)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         bind = [f"fd://{os.dup(listening.fileno())}"]
